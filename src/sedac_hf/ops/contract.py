@@ -1,0 +1,134 @@
+"""What a cut FFN is given and what it must give back: the contract of every engine in this folder.
+
+Shapes: n = tokens of the call (batch x sequence, flattened in order), d = hidden size, f = intermediate size (units).
+A level l counts keep levels, 0..n_levels; level n_levels is the whole FFN, level 0 is down's bias alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class OperatingPoint(NamedTuple):
+    """What a level means in one FFN.
+
+    ``width`` units of the channel order exist for the token; of those it uses the ones whose importance is at
+    least ``importance_min`` (0.0: all of them).
+    """
+
+    width: int
+    importance_min: float = 0.0
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """Views of one FFN's live weights, all in ``nn.Linear`` layout; nothing is copied.
+
+    gate, up: [f, d] (gate is None for a plain MLP); down: [d, f]; biases [f], [f], [d] or None.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.up.shape[0]
+
+    def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
+        """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``."""
+        hi = self.intermediate_size if hi is None else hi
+        rows = slice(lo, hi)
+        up = torch.nn.functional.linear(x, self.up[rows], None if self.up_bias is None else self.up_bias[rows])
+        if self.gate is None:
+            return self.activation(up)
+        gate = torch.nn.functional.linear(x, self.gate[rows], None if self.gate_bias is None else self.gate_bias[rows])
+        return self.activation(gate) * up
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """The levels of one call's tokens, sorted once per checkpoint and passed along the stretch.
+
+    levels: uint8 [n]; order: int64 [n], a stable sort by descending level; at_least: int64 [n_levels + 1],
+    ``at_least[l]`` tokens have level >= l, so they are the first ``at_least[l]`` of ``order``.
+    """
+
+    levels: np.ndarray
+    order: np.ndarray
+    at_least: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.levels.shape[0])
+
+    @property
+    def n_levels(self) -> int:
+        return int(self.at_least.shape[0]) - 1
+
+    @cached_property
+    def uniform(self) -> int | None:
+        """The one level that every token has, or None for a mixed (or empty) batch."""
+        if self.n_tokens == 0 or self.levels[self.order[0]] != self.levels[self.order[-1]]:
+            return None
+        return int(self.levels[0])
+
+    @cached_property
+    def _device_copies(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def on(self, device: torch.device, what: str = "levels") -> Tensor:
+        """``levels`` or ``order`` as an int64 tensor on ``device``, copied once."""
+        key = (what, device)
+        if key not in self._device_copies:
+            self._device_copies[key] = torch.from_numpy(getattr(self, what).astype(np.int64)).to(device)
+        return self._device_copies[key]
+
+
+class Compensation(Protocol):
+    """What stands in for the units that a level leaves out; the whole FFN (level n_levels) is never compensated."""
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        """[n_levels + 1, d] on ``like``'s device and dtype, added to the output by level; None: nothing to add."""
+
+    def low_rank(self, level: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(U [d, r], V [r, width]) of a level: the output gains ``U @ (V @ h)``, h being the units used; or None."""
+
+
+class Record(Protocol):
+    """Told once per FFN call what it needed and what it spent."""
+
+    def __call__(self, *, engine: str, tokens: int, needed: int | Tensor, read: int, computed: int) -> None:
+        """needed: units used, summed over tokens; read: units whose weights were read; computed: unit x token products
+        that were spent. A 0-d tensor is allowed where a number would cost a device round trip."""
+
+
+@dataclass(frozen=True)
+class SiteCut:
+    """One FFN's part in one forward call: levels, what they mean here, and how to run them.
+
+    points: one operating point per level, 0..n_levels; importance: x [n, d] -> float32 [n, f], needed where a point
+    has importance_min > 0; engine: "auto", "reference", "strips" or "gather".
+    """
+
+    points: tuple[OperatingPoint, ...]
+    plan: LevelPlan
+    importance: Callable[[Tensor], Tensor] | None
+    compensation: Compensation | None
+    engine: str
+    record: Record
