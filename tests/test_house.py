@@ -1,0 +1,97 @@
+"""The house: import layers, what an import loads, docstrings of the public names, packaged files."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sedac_hf
+from sedac_hf.assets import demo_path, load_demo
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules_after(statement: str) -> set[str]:
+    """Names in sys.modules of a fresh interpreter after the statement."""
+    script = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_layers_hold() -> None:
+    lint_imports = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_is_light() -> None:
+    loaded = modules_after("import sedac_hf")
+    heavy = {"triton", "vllm", "transformers.modeling_utils", "sedac_hf.modeling", "datasets", "matplotlib"}
+    assert loaded & heavy == set()
+
+
+@pytest.mark.parametrize("folder", ["cli", "assets"])
+def test_command_line_modules_are_light(folder: str) -> None:
+    names = [f"sedac_hf.{folder}.{path.stem}" for path in (ROOT / "src/sedac_hf" / folder).glob("[a-z]*.py")]
+    loaded = modules_after("\n".join(f"import {name}" for name in [f"sedac_hf.{folder}", *names]))
+    assert loaded & {"torch", "transformers", "datasets", "matplotlib"} == set()
+
+
+def test_public_names_are_documented() -> None:
+    assert sedac_hf.__all__, "the package must name what is public"
+    undocumented = [
+        name
+        for name in sedac_hf.__all__
+        if (inspect.isclass(value := getattr(sedac_hf, name)) or callable(value)) and not (value.__doc__ or "").strip()
+    ]
+    assert undocumented == []
+
+
+def test_public_methods_of_the_wrapper_are_documented() -> None:
+    wrapper = sedac_hf.SedacForCausalLM
+    own = {name: value for name, value in vars(wrapper).items() if not name.startswith("_") and callable(value)}
+    assert {"calibrate", "stats", "save_pretrained", "disable", "full_width", "unload"} <= own.keys()
+    assert [name for name, value in own.items() if not inspect.getdoc(value)] == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        if not (importlib.import_module(name).__doc__ or "").strip():
+            silent.append(name)
+    assert silent == []
+
+
+def test_embedded_decoder_loads_in_the_asked_type() -> None:
+    import torch
+
+    assert demo_path().is_dir()
+    model, tokenizer = load_demo(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    text = "import os\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_embedded_decoder_predicts_python() -> None:
+    import torch
+
+    model, tokenizer = load_demo()
+    ids = tokenizer("for i in range(", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss < 0.6 * torch.log(torch.tensor(float(len(tokenizer))))  # far better than guessing
+
+
+def test_make_explains_itself() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert targets == set(re.findall(r"^  make ([a-z-]+)", done.stdout, re.MULTILINE))
