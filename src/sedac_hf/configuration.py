@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
 
 from sedac_hf.errors import ConfigError
+
+DEFAULT_ALPHA = 0.1
+DEFAULT_CONFIDENCE_DECAY = 0.9
+DEFAULT_WEIGHTS = (0.3, 0.4, 0.3)
+DEFAULT_TARGETS = (0.2, 0.5, 0.8)
+DEFAULT_THRESHOLDS = (0.8, 1.0, 1.2)
+DEFAULT_N_LEVELS = 8
+DEFAULT_PROBE_RANK = 64
+
+Cut = Literal["mask", "truncate", "select"]
+Objective = Literal["latency", "throughput"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +66,210 @@ class LayerConfig:
     def update_quantile(self) -> float:
         """The quantile that `update_threshold` follows."""
         return min(max(self.target_exit_rate, 0.0), 1.0) if self.quantile is None else self.quantile
+
+
+def default_checkpoint_layers(n_layers: int) -> tuple[int, ...]:
+    """Layers n/4, n/2 and 3n/4, without repeats and without the last layer, after which no FFN is left to cut."""
+    layers = sorted({n_layers * k // 4 for k in (1, 2, 3)} - {n_layers - 1})
+    return tuple(layers) or (0,)
+
+
+def default_layer_configs(checkpoint_layers: Sequence[int]) -> tuple[LayerConfig, ...]:
+    """The law of the design document at these layers; a default that the list is too short for is repeated."""
+
+    def pick(values: Sequence[float], i: int) -> float:
+        return float(values[min(i, len(values) - 1)])
+
+    weights = environment_weights() or DEFAULT_WEIGHTS
+    return tuple(
+        LayerConfig(layer, pick(DEFAULT_TARGETS, i), pick(DEFAULT_THRESHOLDS, i), pick(weights, i))
+        for i, layer in enumerate(checkpoint_layers)
+    )
+
+
+def environment_decay() -> float | None:
+    """``SEDAC_CONFIDENCE_DECAY``, a number in [0, 1]; None where it is not set."""
+    text = os.environ.get("SEDAC_CONFIDENCE_DECAY")
+    return None if text is None else _environment_number("SEDAC_CONFIDENCE_DECAY", text, low=0.0, high=1.0)
+
+
+def environment_soft_exit() -> bool | None:
+    """``SEDAC_SOFT_EXIT``, 0/1, true/false, yes/no or on/off; None where it is not set."""
+    text = os.environ.get("SEDAC_SOFT_EXIT")
+    if text is None:
+        return None
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.strip().lower() not in known:
+        raise ConfigError(f"environment variable SEDAC_SOFT_EXIT must be one of {', '.join(known)}, got {text!r}")
+    return known[text.strip().lower()]
+
+
+def environment_weights() -> tuple[float, ...] | None:
+    """``SEDAC_LAYER_WEIGHTS``, comma-separated numbers of 0 or more; None where it is not set."""
+    text = os.environ.get("SEDAC_LAYER_WEIGHTS")
+    if text is None:
+        return None
+    return tuple(_environment_number("SEDAC_LAYER_WEIGHTS", part, low=0.0) for part in text.split(","))
+
+
+def _environment_number(name: str, text: str, *, low: float, high: float = math.inf) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and low <= value <= high):
+        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of {low:g} or more"
+        raise ConfigError(f"environment variable {name} must hold numbers {wanted}, got {text!r}")
+    return value
+
+
+class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Configuration of a wrapped decoder.
+
+    Args:
+        text_config: configuration of the base decoder (object or dict with its ``model_type``).
+        layer_configs: the law, one `LayerConfig` (or dict) per checkpoint layer, ascending; default: three checkpoints
+            with the design document's values, changed by the ``SEDAC_*`` environment variables.
+        alpha: smoothing of threshold updates, in [0, 1].
+        confidence_decay: gamma of the law, in [0, 1].
+        soft_exit: True: graded ratio; False: hard exit (skip the whole FFN, latched).
+        n_levels: number of keep levels that the engines run.
+        probe_rank: rank of the probes' projection.
+        cut: how FFNs are cut: "mask", "truncate" or "select"; None until calibrated.
+        objective: "latency" or "throughput", what the policy was calibrated for; None until calibrated.
+        schedule: operating points per FFN and level, as `WidthSchedule.to_dict` gives it; None until calibrated: an
+            uncalibrated model skips nothing.
+        risk_scale: x0 of the risk unit per checkpoint, the median KL in nats on the calibration text.
+        prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
+        adaptive_thresholds: follow the traffic's risk quantiles at inference (makes outputs depend on earlier traffic).
+        controller: "auto", "rust" or "python".
+        engine: "auto", "reference", "strips" or "gather".
+        base_model_name_or_path, base_revision: where an adapter finds its base.
+
+    Raises:
+        ConfigError: a value is out of range, or an environment variable cannot be read.
+    """
+
+    model_type = "sedac"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - the form that transformers reads
+    is_composition = True
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | Mapping[str, Any] | None = None,
+        layer_configs: Sequence[LayerConfig | Mapping[str, Any]] | None = None,
+        alpha: float = DEFAULT_ALPHA,
+        confidence_decay: float | None = None,
+        soft_exit: bool | None = None,
+        n_levels: int = DEFAULT_N_LEVELS,
+        probe_rank: int = DEFAULT_PROBE_RANK,
+        cut: Cut | None = None,
+        objective: Objective | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        risk_scale: Sequence[float] | None = None,
+        prompt: Literal["full", "cut"] | None = None,
+        adaptive_thresholds: bool = False,
+        controller: str = "auto",
+        engine: str = "auto",
+        base_model_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, Mapping):
+            if "model_type" not in text_config:
+                raise ConfigError("`text_config` must name the base decoder's `model_type`, got a dict without it")
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        base = None if text_config is None else text_config.get_text_config(decoder=True)
+        if layer_configs is None:
+            layer_configs = () if base is None else default_layer_configs(
+                default_checkpoint_layers(int(base.num_hidden_layers))
+            )
+        self.layer_configs = [
+            dataclasses.asdict(item if isinstance(item, LayerConfig) else _layer_config(item)) for item in layer_configs
+        ]
+        self.alpha = alpha
+        decay = environment_decay() if confidence_decay is None else confidence_decay
+        self.confidence_decay = DEFAULT_CONFIDENCE_DECAY if decay is None else decay
+        soft = environment_soft_exit() if soft_exit is None else soft_exit
+        self.soft_exit = True if soft is None else soft
+        self.n_levels = n_levels
+        self.probe_rank = probe_rank
+        self.cut = _one_of("cut", cut, ("mask", "truncate", "select"), optional=True)
+        self.objective = _one_of("objective", objective, ("latency", "throughput"), optional=True)
+        self.schedule = None if schedule is None else dict(schedule)
+        self.risk_scale = None if risk_scale is None else [float(value) for value in risk_scale]
+        self.prompt = _one_of("prompt", prompt, ("full", "cut"), optional=True)
+        self.adaptive_thresholds = adaptive_thresholds
+        self.controller = _one_of("controller", controller, ("auto", "rust", "python"))
+        self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather"))
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_revision = base_revision
+        if text_config is not None:
+            # The attention implementation's setter recurses into sub-configs: an unset value here would reset the base.
+            kwargs.setdefault("attn_implementation", text_config._attn_implementation)
+            kwargs.setdefault("experts_implementation", getattr(text_config, "_experts_implementation", None))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "dtype"):
+                value = getattr(base, name, None)
+                if value is not None:
+                    kwargs.setdefault(name, value)
+        kwargs["tie_word_embeddings"] = False  # the base ties its own
+        super().__init__(**kwargs)
+
+    @property
+    def cascade(self) -> tuple[LayerConfig, ...]:
+        """The law as validated `LayerConfig` objects."""
+        return tuple(_layer_config(item) for item in self.layer_configs)
+
+    @property
+    def checkpoint_layers(self) -> tuple[int, ...]:
+        """Decoder layers with a probe, ascending."""
+        return tuple(item["layer_idx"] for item in self.layer_configs)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a policy; without one nothing is skipped."""
+        return self.schedule is not None
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The base decoder's own text config (caches and generation size themselves by it)."""
+        return self if self.text_config is None else self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    def __getattr__(self, name: str) -> Any:
+        # Tools size batches and caches by hidden_size, vocab_size, max_position_embeddings, ...: answer for the base.
+        if name.startswith("_") or name in ("text_config", "per_layer_config"):
+            raise AttributeError(name)
+        text_config = self.__dict__.get("text_config")
+        if text_config is not None and name in _EXPOSED:
+            return getattr(text_config.get_text_config(decoder=True), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+_EXPOSED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
+    if isinstance(item, LayerConfig):
+        return item
+    known = {field.name for field in dataclasses.fields(LayerConfig)}
+    unknown = sorted(set(item) - known)
+    if unknown:
+        raise ConfigError(f"a layer config has the keys {', '.join(sorted(known))}; got also {', '.join(unknown)}")
+    try:
+        return LayerConfig(**item)
+    except TypeError as error:
+        raise ConfigError(f"a layer config is incomplete: {error}") from error
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...], *, optional: bool = False) -> Any:
+    if (optional and value is None) or value in allowed:
+        return value
+    raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,411 @@
+"""`SedacForCausalLM`: any Hugging Face decoder, wrapped so that a token computes only part of each FFN."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from sedac_hf import adapter_files
+from sedac_hf.configuration import SedacConfig, default_layer_configs
+from sedac_hf.errors import ConfigError
+from sedac_hf.runtime import GenerationCall, SedacRuntime, current_generation
+
+if TYPE_CHECKING:
+    from sedac_hf.calibration import CalibrationReport
+    from sedac_hf.ffn.schedule import Policy
+    from sedac_hf.outputs import SedacStats
+
+logger = logging.get_logger(__name__)
+
+# What `generate` asks of a model class beyond `forward`; a base's own version of any of these must be the one that runs.
+_DELEGATED = (
+    "prepare_inputs_for_generation",
+    "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_reorder_cache",
+    "_expand_inputs_for_generation",
+    "_get_initial_cache_position",
+)
+_ADOPTED = ("hf_device_map", "is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal LM that spends FFN compute on a token in proportion to how hard the token is.
+
+    The base decoder is ``self.model``; attention and KV cache are always complete. Uncalibrated, nothing is skipped.
+
+    Example:
+        >>> model = SedacForCausalLM.from_pretrained("any/decoder", device_map="auto")  # doctest: +SKIP
+        >>> model.calibrate(tokenizer, texts, max_ppl_increase=0.01)  # doctest: +SKIP
+        >>> model.generate(**inputs); model.stats(); model.save_pretrained("my-sedac")  # doctest: +SKIP
+    """
+
+    config_class = SedacConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __new__(cls, config: SedacConfig, base_model: PreTrainedModel | None = None) -> SedacForCausalLM:
+        """An object of the class that mirrors the base's signatures."""
+        if cls is SedacForCausalLM and isinstance(config, SedacConfig):
+            cls = class_for(type(base_model) if base_model is not None else _base_class(config))
+        return super().__new__(cls)
+
+    def __init__(self, config: SedacConfig, base_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if base_model is None:
+            base_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.model = base_model
+        config.text_config = base_model.config
+        for module in base_model.modules():
+            module._is_hf_initialized = True  # or post_init would draw modules that somebody replaced anew
+        self._is_stateful = base_model._is_stateful
+        self._can_compile_fullgraph = False  # the host controller decides inside the forward pass
+        self.main_input_name = base_model.main_input_name
+        if getattr(base_model, "generation_config", None) is not None:
+            self.generation_config = base_model.generation_config
+        for name in _ADOPTED:
+            if hasattr(base_model, name):
+                setattr(self, name, getattr(base_model, name))
+        self.calibration_report: CalibrationReport | None = None
+        self.runtime = SedacRuntime(
+            base_model,
+            config.checkpoint_layers or None,
+            controller=config.controller,
+            engine=config.engine,
+            adaptive_thresholds=config.adaptive_thresholds,
+        )
+        if not config.layer_configs:
+            config.layer_configs = [asdict(item) for item in default_layer_configs(self.runtime.checkpoint_layers)]
+        self.post_init()
+        self.train(base_model.training)
+
+    # ---------------------------------------------------------------- making and saving
+
+    @classmethod
+    def from_base(cls, model: PreTrainedModel, config: SedacConfig | None = None) -> SedacForCausalLM:
+        """Wrap a model in memory; nothing of it is copied or changed.
+
+        Args:
+            model: a causal LM of transformers.
+            config: law and choices; its ``text_config`` is replaced by the model's own. Default: the design's law.
+
+        Raises:
+            UnsupportedModelError: the model has no FFN that can be cut.
+            ConfigError: the model is wrapped already, or the config does not fit it.
+        """
+        if isinstance(model, SedacForCausalLM):
+            raise ConfigError("`model` must be a plain decoder; this one is wrapped already: use it, or `unload()` it")
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}")
+        values = {} if config is None else config.to_sedac_dict()
+        return cls(SedacConfig(model.config, **values), base_model=model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: SedacConfig | PreTrainedConfig | str | os.PathLike[str] | None = None,
+        sedac_config: SedacConfig | None = None,
+        base_model: PreTrainedModel | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a plain decoder (uncalibrated: skips nothing), a saved SEDAC model, or a SEDAC adapter with its base.
+
+        Args:
+            pretrained_model_name_or_path: local folder or hub id.
+            config: overrides the saved configuration, as in transformers; a `SedacConfig` for a plain decoder is taken
+                as ``sedac_config``.
+            sedac_config: law and choices for a plain decoder.
+            base_model: for an adapter, the base to use (object, folder or id) instead of the one that it names.
+            kwargs: passed to the base's ``from_pretrained`` (dtype, device_map, quantization_config, revision, token,
+                local_files_only, ...).
+
+        Returns:
+            The model in eval mode, or ``(model, loading_info)`` with ``output_loading_info=True``.
+
+        Raises:
+            LoadError: a file is missing, damaged or does not fit the base.
+        """
+        path = str(pretrained_model_name_or_path)
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ConfigError("sedac-hf reads safetensors only; leave `use_safetensors` out")
+        kwargs.pop("adapter_kwargs", None)
+        if isinstance(config, SedacConfig) and config.text_config is None:
+            config, sedac_config = None, config
+        hub = adapter_files.hub_arguments(kwargs)
+        trust = kwargs.get("trust_remote_code")
+        given = config if isinstance(config, PreTrainedConfig) else None
+        found = given or adapter_files.read_config(str(config or path), trust_remote_code=trust, **hub)
+        load = AutoModelForCausalLM.from_pretrained
+        if isinstance(found, SedacConfig):
+            base, info = _split(_load_base(load, path, found, base_model, kwargs))
+            model = cls.from_base(base, found)
+            policy = adapter_files.read_policy(path, found, **hub)
+            if policy is not None:
+                model.install(policy)
+            model.calibration_report = adapter_files.read_report(path, **hub)
+        else:
+            if base_model is not None:
+                raise ConfigError("`base_model` goes with an adapter; this path holds a plain decoder")
+            base, info = _split(load(path, *model_args, **kwargs, **({} if given is None else {"config": given})))
+            model = cls.from_base(base, sedac_config)
+            model.config.base_revision = kwargs.get("revision")
+            logger.warning_once(
+                f"{path} is a plain decoder: the wrapped model is uncalibrated and skips nothing; run `calibrate(...)`"
+            )
+        model.name_or_path = path
+        model.eval()
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, adapter_only: bool = False, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the whole model, or what is SEDAC's alone, as safetensors and JSON.
+
+        The files are written to a temporary folder first and then moved into place, the configuration last, so that an
+        interrupted save leaves no half model. Base weights are written in natural channel order.
+
+        Args:
+            save_directory: made where it does not exist.
+            adapter_only: leave the base's weights out; the adapter names the base and its revision.
+            push_to_hub: upload afterwards; further arguments as in transformers.
+        """
+        if kwargs.pop("safe_serialization", True) is False:
+            raise ConfigError("sedac-hf writes safetensors only; leave `safe_serialization` out")
+        if kwargs.get("is_main_process", True):
+            adapter_files.save(self, save_directory, adapter_only=adapter_only, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))))
+
+    def install(self, policy: Policy) -> None:
+        """Run by this policy from now on, and describe it in the configuration."""
+        self.uninstall()
+        self.runtime.install(policy)
+        self.probes = self.runtime.probes
+        self.config.take_policy(policy)
+
+    def uninstall(self) -> None:
+        """Drop the policy: the model is uncalibrated again, its base bit for bit as it was."""
+        self.runtime.uninstall()
+        self._modules.pop("probes", None)
+        self.config.drop_policy()
+
+    def unload(self) -> PreTrainedModel:
+        """Give the base back, without hooks and with its weights bit for bit as they were."""
+        self.uninstall()
+        return self.model
+
+    def calibrate(
+        self,
+        tokenizer: Any,
+        texts: Any,
+        *,
+        max_ppl_increase: float = 0.01,
+        share: float | None = None,
+        objective: Literal["latency", "throughput"] = "latency",
+        **kwargs: Any,
+    ) -> CalibrationReport:
+        """Fit the policy that skips most while perplexity on held-out calibration text rises by at most the budget.
+
+        See `sedac_hf.calibration.calibrate` for the arguments; statistics are kept, so a second budget is quick. If
+        calibration fails, the model stays as it was.
+        """
+        from sedac_hf.calibration import calibrate
+
+        report = calibrate(
+            self.runtime,
+            tokenizer,
+            texts,
+            max_ppl_increase=max_ppl_increase,
+            share=share,
+            objective=objective,
+            n_levels=kwargs.pop("n_levels", self.config.n_levels),
+            probe_rank=kwargs.pop("probe_rank", self.config.probe_rank),
+            **kwargs,
+        )
+        policy = self.runtime.policy
+        assert policy is not None
+        self.probes = self.runtime.probes
+        self.config.take_policy(policy)
+        self.calibration_report = report
+        return report
+
+    # ---------------------------------------------------------------- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward; hooks cut its FFNs. A plain call always cuts (once calibrated)."""
+        return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, consistent: bool = False, prompt: str | None = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, all modes, with two arguments more.
+
+        Args:
+            consistent: cut as calibrated even where that does not pay; default: one measured choice per call.
+            prompt: "full": prompt tokens run at full width; "cut": as all others. Default: the configuration's, else
+                "full" for `select` and "cut" for `truncate`.
+        """
+        prompt = prompt or self.config.prompt or ("full" if self.config.cut == "select" else "cut")
+        if prompt not in ("full", "cut"):
+            raise ConfigError(f"`prompt` must be 'full' or 'cut', got {prompt!r}")
+        call = self.runtime.generation_call(*_batch_of(args, kwargs), consistent=consistent, full_prompt=prompt == "full")
+        run = super().generate
+        if type(self.model).generate is not GenerationMixin.generate:
+            run = self.model.generate
+        token = current_generation.set(call)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            current_generation.reset(token)
+
+    @contextmanager
+    def disable(self) -> Iterator[SedacForCausalLM]:
+        """The base as it was, order and all, for the length of a ``with`` block. Not for concurrent use."""
+        with self.runtime.disabled():
+            yield self
+
+    def full_width(self) -> AbstractContextManager[None]:
+        """Every FFN whole for the length of a ``with`` block; hooks and channel order stay."""
+        return self.runtime.full_width()
+
+    def stats(self) -> SedacStats:
+        """Totals since the last `reset_stats`: exits per checkpoint, needed and saved share, fail-safe count."""
+        return self.runtime.stats()
+
+    def reset_stats(self) -> None:
+        """Start the totals of `stats` again from zero."""
+        self.runtime.tally.reset()
+
+    def print_summary(self) -> None:
+        """Print what is attached, the law, the report's main figures and the totals so far."""
+        from sedac_hf.runtime.summary import print_summary
+
+        print_summary(self.runtime, self.config.to_sedac_dict(), self.stats())
+
+    # ---------------------------------------------------------------- the base's own parts
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.model.tie_weights(*args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to draw: the base drew its own, probes come from calibration."""
+
+
+@functools.cache
+def class_for(base_class: type[PreTrainedModel]) -> type[SedacForCausalLM]:
+    """`SedacForCausalLM` with the forward and generation signatures of a base class."""
+
+    def mirrored(name: str) -> Any:
+        original = getattr(base_class, name)
+
+        @functools.wraps(original)
+        def method(self: SedacForCausalLM, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.model, name)(*args, **kwargs)
+
+        method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return method
+
+    def forward(self: SedacForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    forward.__doc__ = SedacForCausalLM.forward.__doc__
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": SedacForCausalLM.__doc__}
+    members |= {name: mirrored(name) for name in _DELEGATED if hasattr(base_class, name) and not _static(base_class, name)}
+    for name in ("_supports_default_dynamic_cache", "_is_stateful", "_no_split_modules"):
+        if hasattr(base_class, name):
+            members[name] = getattr(base_class, name)
+    made = type("SedacForCausalLM", (SedacForCausalLM,), members)
+    return made
+
+
+def _static(base_class: type, name: str) -> bool:
+    return isinstance(inspect.getattr_static(base_class, name), staticmethod | classmethod)
+
+
+def _base_class(config: SedacConfig) -> type[PreTrainedModel]:
+    if config.text_config is None:
+        raise ConfigError("`text_config` must hold the base decoder's configuration, got None")
+    found = AutoModelForCausalLM._model_mapping[type(config.text_config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _split(loaded: Any) -> tuple[PreTrainedModel, Any]:
+    return loaded if isinstance(loaded, tuple) else (loaded, None)
+
+
+def _load_base(
+    load: Any, path: str, config: SedacConfig, base_model: PreTrainedModel | str | os.PathLike[str] | None, kwargs: Any
+) -> Any:
+    """The base of a saved SEDAC model: the one given, the one that an adapter names, or the one in the same folder."""
+    if isinstance(base_model, PreTrainedModel):
+        return base_model
+    if base_model is None and config.base_model_name_or_path is None:
+        return adapter_files.load_base(load, path, config, kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if base_model is not None:
+        return load(str(base_model), **kwargs)
+    if config.base_revision is not None:
+        kwargs["revision"] = config.base_revision
+    return load(config.base_model_name_or_path, **kwargs)
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, prompt length) of a ``generate`` call; rows count what one decode step computes (beams, sequences)."""
+    tensor = kwargs.get("inputs_embeds")
+    if tensor is None:
+        tensor = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+        return 1, 0
+    settings = kwargs.get("generation_config")
+
+    def setting(name: str) -> int:
+        return int(kwargs.get(name) or getattr(settings, name, None) or 1)
+
+    return tensor.shape[0] * max(setting("num_beams"), setting("num_return_sequences")), tensor.shape[1]
+
+
+AutoConfig.register("sedac", SedacConfig)
+AutoModelForCausalLM.register(SedacConfig, SedacForCausalLM)

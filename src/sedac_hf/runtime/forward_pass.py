@@ -1,0 +1,80 @@
+"""State of one forward pass. It lives in a context variable, so that threads sharing a model do not share it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sedac_hf.ops.contract import LevelPlan, SiteCut
+
+if TYPE_CHECKING:
+    from sedac_hf.runtime.runtime import SedacRuntime
+
+
+@dataclass
+class GenerationCall:
+    """What one ``generate`` call decided before it started; lasts until the call returns."""
+
+    runtime: SedacRuntime
+    full_width: bool
+    reason: str
+    prompt_length: int  # tokens at positions before this one run at full width
+
+
+@dataclass
+class ForwardPass:
+    """One forward of the base model over ``n_tokens`` = batch x sequence tokens, flattened in order.
+
+    prompt: bool [n_tokens], tokens that run at full width because they belong to the prompt; None: none do.
+    whole: every FFN runs untouched in this pass.
+    plan: the levels in force, None before the first checkpoint.
+    """
+
+    runtime: SedacRuntime
+    n_tokens: int
+    prompt: np.ndarray | None = None
+    whole: bool = False
+    controller_state: Any = None
+    plan: LevelPlan | None = None
+    previous: ForwardPass | None = None
+    cuts: dict[int, tuple[LevelPlan, SiteCut]] = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)
+
+    @property
+    def counted(self) -> np.ndarray | slice:
+        """Index of the tokens that are not prompt: those the checkpoints' statistics are about."""
+        return slice(None) if self.prompt is None else ~self.prompt
+
+
+current_pass: ContextVar[ForwardPass | None] = ContextVar("sedac_hf_current_pass", default=None)
+current_generation: ContextVar[GenerationCall | None] = ContextVar("sedac_hf_current_generation", default=None)
+
+
+def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """(batch, sequence) of a causal LM's forward call, or None where it cannot be read."""
+    tensor = kwargs.get("input_ids")
+    if tensor is None:
+        tensor = kwargs.get("inputs_embeds")
+    if tensor is None and args and isinstance(args[0], torch.Tensor):
+        tensor = args[0]
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+        return None
+    return int(tensor.shape[0]), int(tensor.shape[1])
+
+
+def prompt_mask(batch: int, sequence: int, kwargs: dict[str, Any], prompt_length: int) -> np.ndarray | None:
+    """bool [batch x sequence]: tokens at cache positions before ``prompt_length``; None where there are none."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and hasattr(cache, "get_seq_length"):
+        start = int(cache.get_seq_length())
+    else:
+        # No cache to ask: a call that holds the whole prompt starts at 0, a shorter one continues it.
+        start = 0 if sequence >= prompt_length else prompt_length
+    n = min(max(prompt_length - start, 0), sequence)
+    if n == 0:
+        return None
+    return np.tile(np.arange(sequence) < n, batch)

@@ -1,0 +1,208 @@
+"""What ran: exits per checkpoint, the needed share and the saved share of FFN compute, kept apart.
+
+The *needed share* is what the policy's tokens use, per token, and is counted in bytes of a bf16 base whatever the
+running dtype, so that figures of different machines compare. The *saved share* is what this run did not spend: a batch
+reads a weight once, masking saves nothing. Shadow, probes and compensation are cost in both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+NEEDED_ELEMENT_BYTES = 2  # the needed share is quoted for a bf16 base
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Cost of one FFN: per unit, and what deciding costs per token whatever the level.
+
+    unit_parameters: weights (and biases) of one hidden unit; element_bytes: of the running dtype.
+    """
+
+    units: int
+    unit_parameters: int
+    element_bytes: int
+    shadow_bytes: int = 0
+    shadow_multiply_adds: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return self.units * self.unit_parameters
+
+
+@dataclass
+class CheckpointStats:
+    """Totals of one checkpoint: tokens seen (prompt tokens at full width not among them), exits, mean ratio."""
+
+    layer_idx: int
+    tokens: int = 0
+    exits: int = 0
+    ratio_sum: float = 0.0
+
+    @property
+    def mean_ratio(self) -> float:
+        return self.ratio_sum / self.tokens if self.tokens else 0.0
+
+
+@dataclass
+class SedacStats:
+    """A snapshot of a runtime's totals since the last reset.
+
+    Shares are of all FFNs and all tokens. ``needed_*``: what the tokens' operating points use; ``saved_*``: what this
+    run did not spend. ``fail_safe``: token x checkpoint decisions sent to full width because of an unusable risk or an
+    unreadable call. ``choices``: how often ``generate`` chose to cut or to run at full width, with its reason.
+    """
+
+    tokens: int
+    forward_passes: int
+    checkpoints: list[CheckpointStats]
+    needed_bytes_share: float
+    needed_multiply_adds_share: float
+    saved_bytes_share: float
+    saved_multiply_adds_share: float
+    fail_safe: int
+    engines: dict[str, int]
+    choices: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        values = asdict(self)
+        for item, checkpoint in zip(values["checkpoints"], self.checkpoints, strict=True):
+            item["mean_ratio"] = checkpoint.mean_ratio
+            del item["ratio_sum"]
+        return values
+
+
+@dataclass
+class _Totals:
+    tokens: int = 0
+    passes: int = 0
+    fail_safe: int = 0
+    dense_needed: float = 0.0  # parameters x tokens
+    needed_parameters: float = 0.0  # parameters x tokens
+    needed_extra_bytes: float = 0.0
+    extra_multiply_adds: float = 0.0
+    dense_bytes: float = 0.0
+    spent_bytes: float = 0.0
+    spent_multiply_adds: float = 0.0
+    pending: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+
+
+class Tally:
+    """Thread-safe running totals; device numbers are kept as tensors and read only when a snapshot is taken."""
+
+    def __init__(self, costs: tuple[SiteCost, ...], checkpoint_layers: tuple[int, ...]) -> None:
+        self.costs = costs
+        self._layers = checkpoint_layers
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        with self._lock:
+            self._totals = _Totals()
+            self._checkpoints = [CheckpointStats(layer) for layer in self._layers]
+            self._engines: Counter[str] = Counter()
+            self._choices: Counter[str] = Counter()
+
+    def choice(self, text: str) -> None:
+        """One ``generate`` call's choice."""
+        with self._lock:
+            self._choices[text] += 1
+
+    def fail_safe(self, count: int) -> None:
+        """Decisions that were sent to full width."""
+        with self._lock:
+            self._totals.fail_safe += count
+
+    def begin(self, n_tokens: int) -> None:
+        """One forward pass over so many tokens."""
+        with self._lock:
+            self._totals.tokens += n_tokens
+            self._totals.passes += 1
+
+    def checkpoint(self, idx: int, exited: np.ndarray, ratio: np.ndarray, failed: int) -> None:
+        """Decisions at one checkpoint: exited bool [n], ratio float32 [n]."""
+        with self._lock:
+            stats = self._checkpoints[idx]
+            stats.tokens += int(exited.shape[0])
+            stats.exits += int(exited.sum())
+            stats.ratio_sum += float(ratio.sum(dtype=np.float64))
+            self._totals.fail_safe += failed
+
+    def probe(self, parameters: int, n_tokens: int) -> None:
+        """One probe call; its weights are read once per call and used for every token."""
+        with self._lock:
+            totals = self._totals
+            totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * parameters * n_tokens
+            totals.spent_bytes += 4 * parameters  # probes compute in float32
+            totals.extra_multiply_adds += parameters * n_tokens
+            totals.spent_multiply_adds += parameters * n_tokens
+
+    def ffn(
+        self,
+        site: int,
+        *,
+        engine: str,
+        tokens: int,
+        needed: int | torch.Tensor,
+        read: int,
+        computed: int,
+        shadow: bool = False,
+        extra_parameters: int = 0,
+    ) -> None:
+        """One FFN call: units needed (summed over tokens), units read, unit x token products computed.
+
+        shadow: whether this call decided by the shadow; extra_parameters: compensation used, summed over tokens.
+        """
+        cost = self.costs[site]
+        with self._lock:
+            totals = self._totals
+            self._engines[engine] += 1
+            totals.dense_needed += cost.parameters * tokens
+            totals.dense_bytes += cost.element_bytes * cost.parameters
+            totals.spent_bytes += cost.element_bytes * (cost.unit_parameters * read + min(extra_parameters, cost.parameters))
+            totals.spent_multiply_adds += cost.unit_parameters * computed + extra_parameters
+            totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * extra_parameters
+            totals.extra_multiply_adds += extra_parameters
+            if shadow:
+                totals.spent_bytes += cost.shadow_bytes
+                totals.spent_multiply_adds += cost.shadow_multiply_adds * tokens
+                totals.needed_extra_bytes += cost.shadow_bytes * tokens
+                totals.extra_multiply_adds += cost.shadow_multiply_adds * tokens
+            if isinstance(needed, torch.Tensor):
+                totals.pending.append((cost.unit_parameters, needed.detach()))
+            else:
+                totals.needed_parameters += cost.unit_parameters * needed
+
+    def snapshot(self) -> SedacStats:
+        """The totals so far; reads pending device numbers."""
+        with self._lock:
+            totals = self._totals
+            for parameters, needed in totals.pending:
+                totals.needed_parameters += parameters * float(needed)
+            totals.pending.clear()
+            dense = max(totals.dense_needed, 1.0)
+            nothing = totals.dense_needed == 0
+            return SedacStats(
+                tokens=totals.tokens,
+                forward_passes=totals.passes,
+                checkpoints=[CheckpointStats(**asdict(item)) for item in self._checkpoints],
+                needed_bytes_share=1.0
+                if nothing
+                else (totals.needed_parameters + totals.needed_extra_bytes / NEEDED_ELEMENT_BYTES) / dense,
+                needed_multiply_adds_share=1.0
+                if nothing
+                else (totals.needed_parameters + totals.extra_multiply_adds) / dense,
+                saved_bytes_share=0.0 if nothing else 1 - totals.spent_bytes / totals.dense_bytes,
+                saved_multiply_adds_share=0.0 if nothing else 1 - totals.spent_multiply_adds / dense,
+                fail_safe=totals.fail_safe,
+                engines=dict(self._engines),
+                choices=dict(self._choices),
+            )
