@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -217,6 +218,19 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
         kwargs["tie_word_embeddings"] = False  # the base ties its own
         super().__init__(**kwargs)
 
+    def to_sedac_dict(self) -> dict[str, Any]:
+        """The arguments of this class other than ``text_config``, with their present values."""
+        return {name: getattr(self, name) for name in _OWN_ARGUMENTS}
+
+    def take_policy(self, values: Mapping[str, Any]) -> None:
+        """Describe an installed policy (`Policy.to_config`)."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def drop_policy(self) -> None:
+        """Be uncalibrated again; the law stays as the starting point of the next calibration."""
+        self.cut = self.objective = self.schedule = self.risk_scale = None
+
     @property
     def cascade(self) -> tuple[LayerConfig, ...]:
         """The law as validated `LayerConfig` objects."""
@@ -246,6 +260,9 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+_OWN_ARGUMENTS = tuple(
+    name for name in inspect.signature(SedacConfig.__init__).parameters if name not in ("self", "text_config", "kwargs")
+)
 _EXPOSED = (
     "vocab_size",
     "hidden_size",

@@ -22,8 +22,8 @@ from sedac_hf.runtime import GenerationCall, SedacRuntime, current_generation
 
 if TYPE_CHECKING:
     from sedac_hf.calibration import CalibrationReport
-    from sedac_hf.ffn.schedule import Policy
-    from sedac_hf.outputs import SedacStats
+    from sedac_hf.ffn.policy import Policy
+    from sedac_hf.runtime import SedacStats
 
 logger = logging.get_logger(__name__)
 
@@ -198,7 +198,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.uninstall()
         self.runtime.install(policy)
         self.probes = self.runtime.probes
-        self.config.take_policy(policy)
+        self.config.take_policy(policy.to_config())
 
     def uninstall(self) -> None:
         """Drop the policy: the model is uncalibrated again, its base bit for bit as it was."""
@@ -242,7 +242,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         policy = self.runtime.policy
         assert policy is not None
         self.probes = self.runtime.probes
-        self.config.take_policy(policy)
+        self.config.take_policy(policy.to_config())
         self.calibration_report = report
         return report
 

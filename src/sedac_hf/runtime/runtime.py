@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from sedac_hf.configuration import default_checkpoint_layers
 from sedac_hf.control import make_controller
-from sedac_hf.control.base import CascadeEngine
+from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.coupled import forward_replacements
-from sedac_hf.ffn.schedule import Policy
+from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
@@ -80,7 +80,7 @@ class SedacRuntime:
         self.policy: Policy | None = None
         self.probes: ProbeBank | None = None
         self._controller_choice = controller
-        self._controller: CascadeEngine | None = None
+        self._controller: Controller | None = None
         self._shadows: list[Shadow | None] = [None] * len(self.sites)
         self._attachment: Attachment | None = None
         self._ordered = False
@@ -92,7 +92,7 @@ class SedacRuntime:
     # ---------------------------------------------------------------- policy
 
     @property
-    def controller(self) -> CascadeEngine:
+    def controller(self) -> Controller:
         """The controller of the installed policy."""
         if self._controller is None:
             raise ConfigError("there is no controller before a policy is installed: calibrate first")
