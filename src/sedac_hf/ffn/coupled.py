@@ -1,0 +1,179 @@
+"""Cut an FFN through its linears, leaving the class's own forward in place (*coupled linears*).
+
+Gate and up emit only the first k units, the widest that a token of the call has, and down accepts a k-wide input;
+units that a token does not use are zeroed at down's input, and what stands in for them is added at down's output.
+Activation, clamps, multipliers and residual arguments in between stay the model's own. Where a weight can't be read in
+slices (quantised, adapter-wrapped, ...) everything is computed and the zeroing alone does the cut. Sites whose forward
+is known run `sedac_hf.ops.cut_ffn` at the owner instead, with the coupled linears behind it for unusual calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.ffn.linears import is_plain, rows, sliced
+from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ffn.slicing import slicing_is_exact
+from sedac_hf.ops import SiteCut, cut_ffn
+from sedac_hf.ops.tokens import chooses, compensated, is_whole, units_by_width, used_units, widest
+
+Current = Callable[[], "SiteCut | None"]
+
+# Some classes split or view the hidden units; an empty tensor would break them.
+_LEAST_EMITTED = 8
+
+
+def forward_replacements(site: FFNSite, current: Current) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules of a site and the forwards that cut it.
+
+    Args:
+        site: the FFN.
+        current: the cut of the forward pass that calls it, asked at each call; None runs the original forwards.
+
+    Returns:
+        (module, forward) pairs. Install each as ``module.forward``, or as accelerate's ``_old_forward`` where the
+        module is hooked; restoring what was there undoes everything. The forwards are bound methods, so a deep copy of
+        the model is cut by a deep copy of them.
+    """
+    call = _Calls(site, current)
+    pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
+    if site.gate is not None:
+        pairs.append((site.gate, _Producer(call, site.gate, gives_x=True).forward))
+    pairs.append((site.up, _Producer(call, site.up, gives_x=site.gate is None).forward))
+    pairs.append((site.down, _Consumer(call, site.down).forward))
+    if site.plain_forward:
+        pairs.append((site.owner, _Owner(call).forward))
+    return pairs
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
+    """What the replacement stands in for: behind accelerate's hook where there is one."""
+    forward: Callable[..., Any] = module._old_forward if hasattr(module, "_hf_hook") else module.forward
+    return forward
+
+
+class _Scratch(threading.local):
+    """What gate leaves for down within one FFN call. Per thread: two threads may run one model at once."""
+
+    x: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
+        return _Scratch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Scratch, ()
+
+
+class _Calls:
+    """What the replacements of one site share: the site, where its cut comes from, and whether slices are right."""
+
+    def __init__(self, site: FFNSite, current: Current) -> None:
+        self.site = site
+        self.current = current
+        self.scratch = _Scratch()
+        self.slices = all(is_plain(linear) for linear in site.linears) and slicing_is_exact(site)
+
+    def cut(self) -> SiteCut | None:
+        """The cut of this call; None where every token is whole."""
+        cut = self.current()
+        return None if cut is None or is_whole(cut, self.site.intermediate_size) else cut
+
+    def emitted(self, cut: SiteCut) -> int:
+        """How many units gate and up emit."""
+        f = self.site.intermediate_size
+        return max(widest(cut, f), min(_LEAST_EMITTED, f)) if self.slices else f
+
+
+def _rows_of(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+
+
+class _Producer:
+    """Forward of gate, up, or both in one: emits the first k units of each."""
+
+    def __init__(self, call: _Calls, linear: nn.Module, *, gives_x: bool) -> None:
+        self.call = call
+        self.linear = linear
+        self.gives_x = gives_x
+        self.original = _original(linear)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cut = self.call.cut()
+        if cut is None or _rows_of(x) != cut.plan.n_tokens:
+            return self.original(x, *args, **kwargs)
+        if self.gives_x:
+            self.call.scratch.x = x if chooses(cut) else None
+        f, k = self.call.site.intermediate_size, self.call.emitted(cut)
+        if k >= f or args or kwargs:
+            return self.original(x, *args, **kwargs)
+        if self.call.site.kind != "fused":
+            return sliced(self.linear, x, 0, k)
+        return torch.cat((sliced(self.linear, x, 0, k), sliced(self.linear, x, f, f + k)), dim=-1)
+
+
+class _Consumer:
+    """Forward of down: zeroes the units that each token does not use, accepts a k-wide input, compensates."""
+
+    def __init__(self, call: _Calls, linear: nn.Module) -> None:
+        self.call = call
+        self.linear = linear
+        self.original = _original(linear)
+
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cut, f, k = self.call.cut(), self.call.site.intermediate_size, h.shape[-1]
+        x, self.call.scratch.x = self.call.scratch.x, None
+        if cut is None:
+            return self.original(h, *args, **kwargs)
+        n = _rows_of(h)
+        if n != cut.plan.n_tokens:
+            # Whose row is whose is unknown: nobody gets less than the widest token's units.
+            cut.record(engine="mismatch", tokens=n, needed=n * k, read=k, computed=n * k)
+            return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
+        if n == 0:
+            return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
+        flat = h.reshape(n, k)
+        importance = None
+        if chooses(cut) and cut.importance is not None and x is not None:
+            importance = cut.importance(x.reshape(n, x.shape[-1])).to(h.device)
+        used = None
+        if importance is not None or cut.plan.uniform is None or widest(cut, f) < k:
+            used = used_units(cut, f, k, importance, h.device)
+            flat = torch.where(used, flat, torch.zeros((), dtype=h.dtype, device=h.device))
+        masked = flat.reshape(h.shape)
+        y = self.original(masked, *args, **kwargs) if k == f else self._narrow(masked)
+        y = compensated(y.reshape(n, y.shape[-1]), flat, cut).reshape(y.shape)
+        needed = units_by_width(cut, f) if importance is None or used is None else used.sum()
+        cut.record(engine="coupled" if k < f else "mask", tokens=n, needed=needed, read=k, computed=n * k)
+        return y
+
+    def _narrow(self, h: Tensor) -> Tensor:
+        return nn.functional.linear(h, rows(self.linear)[:, : h.shape[-1]], self.linear.bias)
+
+
+class _Owner:
+    """Forward of a recognised FFN: the whole call goes to the engines of `sedac_hf.ops`."""
+
+    def __init__(self, call: _Calls) -> None:
+        self.call = call
+        self.original = _original(call.site.owner)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cut, site = self.call.cut(), self.call.site
+        unusual = (
+            cut is None
+            or args
+            or kwargs
+            or site.owner.training  # dropout is the class's own affair
+            or _rows_of(x) != cut.plan.n_tokens
+            or x.dtype != site.down.weight.dtype
+            or torch.is_autocast_enabled(x.device.type)
+        )
+        if unusual or cut is None:
+            return self.original(x, *args, **kwargs)
+        y = cut_ffn(x.reshape(-1, x.shape[-1]), site.weights(), cut)
+        return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,126 @@
+"""Low-bit copies of weight matrices, and the product of one with activations rounded to int8.
+
+Weights: symmetric round to nearest in groups along the input, one bfloat16 scale a group, the best of a few clips
+by squared error (as in AWQ, arXiv 2306.00978, without its scaling). Activations: per token, symmetric int8. The
+product
+
+    z[t, j] = s_x[t] * sum_g s_w[j, g] * sum_{i in g} code_w[j, i] * code_x[t, i]
+
+has integers inside a group, so engines differ by the rounding of a few float additions only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sedac_hf.errors import ConfigError
+
+GROUP = 64
+_CLIPS = (1.0, 0.85, 0.7, 0.55)
+_CHUNK = 1 << 20  # weights that are quantised or expanded to float32 at a time
+
+
+class Int8Rows(NamedTuple):
+    """Activations rounded to int8: codes float32 [n, d] with integers in -127..127, scale float32 [n, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def int8_rows(x: Tensor) -> Int8Rows:
+    """Round x [n, d] per token: ``scale = max|x| / 127``, half to even; a zero row gives zeros, a NaN or infinite
+    row NaN."""
+    x = x.detach().float()
+    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(x.shape[0], 1)
+    scale = largest / 127
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return Int8Rows((x / safe).round().clamp(-127, 127), scale)
+
+
+@dataclass(frozen=True, eq=False)
+class LowBitMatrix:
+    """A matrix [rows, columns] in ``bits`` bits (2..8).
+
+    codes: for 4 bits uint8 [rows, groups * 32], byte i of a group holding element i (low half) and i + 32 (high
+    half), each plus 8; else int8 [rows, groups * 64]. The last group is padded with zeros. scales: bfloat16
+    [rows, groups].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    columns: int
+    bits: int
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bits: int = 4) -> LowBitMatrix:
+        """The low-bit copy of a floating weight [rows, columns]; deterministic.
+
+        Raises:
+            ConfigError: ``bits`` is not in 2..8.
+        """
+        if bits not in range(2, 9):
+            raise ConfigError(f"`bits` of a low-bit copy must be in 2..8, got {bits!r}")
+        step = max(1, _CHUNK // max(1, weight.shape[1]))
+        parts = [_quantized(part, bits) for part in weight.detach().split(step)]
+        codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return cls(codes, scales, weight.shape[1], bits)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a full read of the copy costs."""
+        return self.codes.numel() + 2 * self.scales.numel()
+
+    def dequantized(self, lo: int = 0, hi: int | None = None) -> Tensor:
+        """Rows lo..hi as float32 [hi - lo, columns]: the exact products of scale and code."""
+        codes, scales = self.codes[lo:hi], self.scales[lo:hi].float()
+        rows, groups = scales.shape
+        if self.bits == 4:
+            halves = codes.view(rows, groups, GROUP // 2)
+            values = torch.cat((halves & 15, halves >> 4), dim=-1).float().sub_(8)
+        else:
+            values = codes.view(rows, groups, GROUP).float()
+        return values.mul_(scales[..., None]).view(rows, -1)[:, : self.columns]
+
+    def product(self, x: Int8Rows, lo: int = 0, hi: int | None = None) -> Tensor:
+        """``x @ rows[lo:hi].T`` -> float32 [n, hi - lo]; expands a bounded number of rows at a time."""
+        hi = self.codes.shape[0] if hi is None else hi
+        step = max(1, _CHUNK // max(1, self.columns))
+        out = torch.empty(x.codes.shape[0], hi - lo, dtype=torch.float32, device=x.codes.device)
+        with torch.no_grad():
+            for start in range(lo, hi, step):
+                end = min(start + step, hi)
+                out[:, start - lo : end - lo] = functional.linear(x.codes, self.dequantized(start, end))
+            return out.mul_(x.scale)
+
+    def to(self, device: torch.device) -> LowBitMatrix:
+        return LowBitMatrix(self.codes.to(device), self.scales.to(device), self.columns, self.bits)
+
+
+def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    groups = -(-columns // GROUP)
+    values = functional.pad(weight.float(), (0, groups * GROUP - columns)).view(rows, groups, GROUP)
+    top = 2 ** (bits - 1) - 1
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    best_codes = torch.zeros_like(values)
+    best_scale = torch.zeros_like(largest)
+    least = torch.full_like(largest, float("inf"))
+    for clip in _CLIPS:
+        scale = (largest * clip / top).to(torch.bfloat16).float()  # codes are fitted to the scale that is kept
+        codes = (values / torch.where(scale == 0, torch.ones_like(scale), scale)).round().clamp(-top, top)
+        error = (codes * scale - values).square().sum(dim=-1, keepdim=True)
+        better = error < least
+        best_codes = torch.where(better, codes, best_codes)
+        best_scale = torch.where(better, scale, best_scale)
+        least = torch.where(better, error, least)
+    scales = best_scale.squeeze(-1).to(torch.bfloat16)
+    if bits != 4:
+        return best_codes.to(torch.int8).view(rows, -1), scales
+    nibbles = (best_codes + 8).to(torch.uint8)
+    packed = nibbles[..., : GROUP // 2] | (nibbles[..., GROUP // 2 :] << 4)
+    return packed.view(rows, -1), scales

@@ -1,0 +1,166 @@
+"""What decides which units a token needs: the importance of each unit, from a low-bit shadow of the gate.
+
+    importance_j = |act(z_j)| * ||up_j|| * ||down_j||     (plain MLP: |act(z_j)| * ||down_j||)
+    z            = shadow(gate) int8(x) + gate_bias       (plain MLP: up in the gate's place)
+
+A shadow is made from the weights when a policy that selects is calibrated or loaded; it is deterministic and never
+saved. Where the weights are low-bit or odd themselves, `ExactGate` decides by the gate itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.linears import is_plain, sliced
+from sedac_hf.ffn.low_bit import LowBitMatrix, int8_rows
+from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.contract import FFNWeights
+
+_PROBE_ROWS = 256  # rows of the identity that reveal the weights of an opaque linear at a time
+
+
+class Shadow:
+    """A low-bit copy of the rows that decide, in the units' order at the time of making.
+
+    Attributes:
+        deciding: the copy of gate's rows (plain MLP: up's), [f, d].
+        unit_norm: float32 [f], ||up_j|| * ||down_j|| (plain MLP: ||down_j||).
+        multiply_adds: of one token's importances.
+    """
+
+    def __init__(
+        self, deciding: LowBitMatrix, bias: Tensor | None, unit_norm: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.deciding = deciding
+        self.bias = bias
+        self.unit_norm = unit_norm
+        self.activation = activation
+
+    @classmethod
+    def build(cls, site: FFNSite, bits: int = 4) -> Shadow:
+        """The shadow of a site's live weights.
+
+        Raises:
+            UnsupportedModelError: the weights or the activation can't be read here; use `ExactGate`, or truncate.
+        """
+        weights = _readable_weights(site)
+        deciding, bias = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
+        bias = None if bias is None else bias.detach().float().clone()
+        return cls(LowBitMatrix.quantize(deciding, bits), bias, unit_norms(weights), weights.activation)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read for one call: packed codes, scales, norms and the bias."""
+        return self.deciding.bytes + 4 * self.unit_norm.numel() + (0 if self.bias is None else 4 * self.bias.numel())
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.deciding.columns * self.unit_norm.numel()
+
+    def importance(self, x: Tensor, rows: range | None = None) -> Tensor:
+        """Importance of each unit (or of the consecutive ``rows``) for x [n, d] -> float32 [n, f]; no gradient."""
+        if self.unit_norm.device != x.device:
+            self._move(x.device)
+        lo, hi = (0, self.unit_norm.numel()) if rows is None else (rows.start, rows.stop)
+        with torch.no_grad():
+            z = self.deciding.product(int8_rows(x), lo, hi)
+            if self.bias is not None:
+                z += self.bias[lo:hi]
+            return self.activation(z).abs() * self.unit_norm[lo:hi]
+
+    def _move(self, device: torch.device) -> None:
+        self.deciding = self.deciding.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+        self.unit_norm = self.unit_norm.to(device)
+
+
+class ExactGate:
+    """The gate itself decides (plain MLP: up): for bases whose weights are low-bit, adapter-wrapped or offloaded.
+
+    Build it before the site's forwards are replaced. It reads the whole gate, so it saves up and down only.
+    """
+
+    def __init__(self, site: FFNSite) -> None:
+        if site.activation is None:
+            raise UnsupportedModelError(
+                f"the FFN {site.name!r} has no activation that can be read, so the importance of its units is "
+                "unknown: cut it by width (objective 'throughput') instead"
+            )
+        self.site = site
+        self.linear = site.up if site.gate is None else site.gate
+        self.activation = site.activation
+        self._original = self.linear.forward
+        self.unit_norm = _probed_unit_norms(site)
+        self.bytes = sum(p.numel() * p.element_size() for p in self.linear.parameters())
+        self.multiply_adds = site.hidden_size * site.intermediate_size
+        if site.kind == "fused":
+            self.bytes //= 2
+
+    def importance(self, x: Tensor, rows: range | None = None) -> Tensor:
+        """Importance of each unit for x [n, d] -> float32 [n, f]; no gradient."""
+        f = self.site.intermediate_size
+        with torch.no_grad():
+            if is_plain(self.linear) and not self.linear.weight.is_meta:
+                lo = f if self.site.kind == "fused" and not self.site.fused_gate_first else 0
+                return self.importance_of(sliced(self.linear, x, lo, lo + f), rows)
+            return self.importance_of(self._original(x), rows)
+
+    def importance_of(self, z: Tensor, rows: range | None = None) -> Tensor:
+        """Importance from the gate's own output z [n, f] (fused: [n, 2f])."""
+        f = self.site.intermediate_size
+        if z.shape[-1] == 2 * f:
+            z = z[..., :f] if self.site.fused_gate_first else z[..., f:]
+        lo, hi = (0, f) if rows is None else (rows.start, rows.stop)
+        with torch.no_grad():
+            scale = self.unit_norm.to(z.device)
+            return self.activation(z.detach())[..., lo:hi].float().abs() * scale[lo:hi]
+
+
+def unit_norms(weights: FFNWeights) -> Tensor:
+    """float32 [f]: ||up_j|| * ||down_j||, for a plain MLP ||down_j||."""
+    down = torch.linalg.vector_norm(weights.down.detach(), dim=0, dtype=torch.float32)
+    if weights.gate is None:
+        return down
+    return down * torch.linalg.vector_norm(weights.up.detach(), dim=1, dtype=torch.float32)
+
+
+def _readable_weights(site: FFNSite) -> FFNWeights:
+    for linear in site.linears:
+        if not is_plain(linear) or linear.weight.is_meta:
+            raise UnsupportedModelError(
+                f"a shadow of {site.name!r} needs weights in float32, bfloat16 or float16 that are in memory, got "
+                f"{type(linear).__name__} ({getattr(getattr(linear, 'weight', None), 'dtype', 'no weight')}): "
+                "let the exact gate decide (ExactGate), or cut by width"
+            )
+    return site.weights()
+
+
+def _probed_unit_norms(site: FFNSite) -> Tensor:
+    """Unit norms of linears that may be opaque: a linear map of the identity shows its weights."""
+    f, d = site.intermediate_size, site.hidden_size
+    down = torch.cat([(rows.float() ** 2).sum(dim=1) for rows in _images(site.down, f)]).sqrt()
+    if site.kind == "plain":
+        return down
+    squares: Any = sum((rows.float() ** 2).sum(dim=0) for rows in _images(site.up, d))
+    if site.kind == "fused":
+        squares = squares[f:] if site.fused_gate_first else squares[:f]
+    return down * squares.sqrt()
+
+
+def _images(linear: nn.Module, inputs: int) -> Any:
+    """``W^T`` in pieces [<=256, out], by the linear's own forward (hooks included), its bias taken off."""
+    like = next((p for p in linear.parameters() if p.is_floating_point()), None)
+    dtype = torch.float32 if like is None else like.dtype
+    device = torch.device("cpu") if like is None or like.is_meta else like.device
+    with torch.no_grad():
+        zero = linear(torch.zeros(1, inputs, dtype=dtype, device=device))
+        for start in range(0, inputs, _PROBE_ROWS):
+            rows = torch.arange(start, min(start + _PROBE_ROWS, inputs), device=device)
+            x = torch.zeros(rows.numel(), inputs, dtype=dtype, device=device)
+            x[torch.arange(rows.numel(), device=device), rows] = 1
+            yield linear(x) - zero

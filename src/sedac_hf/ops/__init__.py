@@ -1,0 +1,19 @@
+"""Cut FFNs: one contract, a masking reference that defines the result, and engines that compute less.
+
+`cut_ffn` is the entry. An engine is one function ``(x, weights, cut) -> y`` in a file of its own, listed in
+dispatch.py.
+"""
+
+from sedac_hf.ops.contract import Compensation, FFNWeights, LevelPlan, OperatingPoint, Record, SiteCut
+from sedac_hf.ops.dispatch import ENGINES, cut_ffn
+
+__all__ = [
+    "ENGINES",
+    "Compensation",
+    "FFNWeights",
+    "LevelPlan",
+    "OperatingPoint",
+    "Record",
+    "SiteCut",
+    "cut_ffn",
+]
