@@ -91,6 +91,13 @@ def test_embedded_decoder_predicts_python() -> None:
     assert loss < 0.6 * torch.log(torch.tensor(float(len(tokenizer))))  # far better than guessing
 
 
+def test_version_is_the_same_everywhere() -> None:
+    for manifest in ("pyproject.toml", "rust/Cargo.toml"):
+        text = (ROOT / manifest).read_text(encoding="utf-8")
+        assert re.findall(r'^version = "(.*)"', text, re.MULTILINE) == [sedac_hf.__version__], manifest
+    assert f"## [{sedac_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_make_explains_itself() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)

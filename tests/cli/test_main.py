@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import sedac_hf
 from sedac_hf.assets import demo_path
 from sedac_hf.cli.main import COMMANDS, main
 
@@ -25,7 +26,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 def saved(tmp_path: Path) -> Path:
     """A folder as an adapter-only save leaves it."""
     layer = {"layer_idx": 3, "target_exit_rate": 0.2, "initial_threshold": 0.8, "confidence_weight": 0.3}
-    config = {"model_type": "sedac", "n_levels": 8, "layer_configs": [layer]}
+    config = {"model_type": "sedac", "base_model_name_or_path": "base", "n_levels": 8, "layer_configs": [layer]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"probes.0.weight": np.zeros((4, 2), np.float32)}, tmp_path / "sedac.safetensors")
     (tmp_path / "calibration_report.json").write_text(json.dumps({"tokens": 1000}))
@@ -49,7 +50,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("sedac-hf ")
+    assert capsys.readouterr().out == f"sedac-hf {sedac_hf.__version__}\n"
 
 
 @pytest.mark.parametrize("args", [["no-such-command"], ["info"], ["env", "--no-such-flag"]])

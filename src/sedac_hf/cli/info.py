@@ -55,10 +55,9 @@ def read_saved(path: Path) -> dict[str, Any]:
             f"{path / CONFIG_FILE} must have model_type 'sedac', got {config.get('model_type')!r}: this is a plain "
             "model; wrap it with SedacForCausalLM.from_pretrained and save it first"
         )
-    whole = any(path.glob("model*.safetensors"))
     report = path / REPORT_FILE
     return {
-        "kind": "SEDAC model" if whole else "SEDAC adapter",
+        "kind": "SEDAC adapter" if config.get("base_model_name_or_path") else "SEDAC model",
         "config": config,
         "tensors": _tensors(path / TENSORS_FILE) if (path / TENSORS_FILE).is_file() else {},
         "report": _read_json(report) if report.is_file() else None,

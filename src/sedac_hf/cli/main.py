@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+import sedac_hf
 from sedac_hf.cli import bench, env, info
 from sedac_hf.cli.recipes import RecipeError
 from sedac_hf.errors import SedacError
@@ -42,17 +42,9 @@ for _name, _command in COMMANDS:
         app.command(_name)(_command)
 
 
-def package_version() -> str:
-    """Version of the installed package; "unknown" where only the source tree is on the path."""
-    try:
-        return version("sedac-hf")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"sedac-hf {package_version()}")
+        typer.echo(f"sedac-hf {sedac_hf.__version__}")
         raise typer.Exit
 
 
