@@ -1,5 +1,10 @@
 """Perplexity, its uncertainty, and comparisons of a cut model with its dense self in the same run."""
 
+from sedac_hf.evaluation.bounds import mean_difference as mean_difference
+from sedac_hf.evaluation.bounds import paired_interval as paired_interval
+from sedac_hf.evaluation.bounds import upper_bound as upper_bound
+from sedac_hf.evaluation.compare import Comparison as Comparison
+from sedac_hf.evaluation.compare import compare as compare
 from sedac_hf.evaluation.perplexity import PerplexityResult as PerplexityResult
 from sedac_hf.evaluation.perplexity import fitting_context as fitting_context
 from sedac_hf.evaluation.perplexity import perplexity as perplexity

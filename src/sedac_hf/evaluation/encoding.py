@@ -125,19 +125,19 @@ def _byte_positions(text: str) -> np.ndarray:
 def _encode_joined(
     documents: Iterable[Document | str], tokenizer: Any, join: str, names: list[str]
 ) -> EncodedDocument:
-    texts = []
+    pieces: list[str] = []
     for index, item in enumerate(documents):
         document = item if isinstance(item, Document) else Document(item, f"text[{index}]")
         _check_text(document)
         names.append(document.name)
-        texts.append(document.text)
-    ids, token_bytes, ends = _encode(join.join(texts), tokenizer)
+        if pieces and not document.continues:
+            pieces[-1] += join  # the joining string belongs to the document before it
+        pieces.append(document.text)
+    ids, token_bytes, ends = _encode("".join(pieces), tokenizer)
     if ends is None:
         raise EvaluationError(
             f"join needs a fast tokenizer, to know which document a token belongs to; got {type(tokenizer).__name__}: "
             "leave join out"
         )
-    # A document ends where the next one's text starts: the joining string belongs to the document before it.
-    borders = np.cumsum([len(text) + len(join) for text in texts])
-    owners = np.minimum(np.searchsorted(borders, ends, side="left"), len(texts) - 1)
+    owners = np.searchsorted(np.cumsum([len(piece) for piece in pieces]), ends, side="left")
     return EncodedDocument(np.stack([ids, owners.astype(np.int32), token_bytes]), continues=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,17 +129,31 @@ def perplexity(
         raise EvaluationError(
             f"compare_dense needs a model that can run at full width (SedacForCausalLM), got {type(model).__name__}"
         )
-    dense = None
-    if full_width is not None and compare_dense is not False:
-        inside: AbstractContextManager[Any] = full_width()
-        with inside:
-            scores = score(model, windows, batch_size=batch_size, progress=progress, description="dense perplexity")
-        dense = result_of(model, windows, scores)
-        reset = getattr(model, "reset_stats", None)
-        if reset is not None:  # the stats then tell of the cut run alone
-            reset()
-    scores = score(model, windows, batch_size=batch_size, progress=progress)
-    return result_of(model, windows, scores, dense)
+    if full_width is None or compare_dense is False:
+        return result_of(model, windows, score(model, windows, batch_size=batch_size, progress=progress))
+    dense, cut = measure_pair(model, windows, dense=full_width, batch_size=batch_size, progress=progress)
+    return replace(cut, dense=dense)
+
+
+def measure_pair(
+    model: nn.Module,
+    windows: WindowSet,
+    *,
+    dense: Callable[[], AbstractContextManager[Any]],
+    cut: Callable[[], AbstractContextManager[Any]] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> tuple[PerplexityResult, PerplexityResult]:
+    """Scores the windows inside `dense()`, then inside `cut()`; the model's stats afterwards tell of the latter alone."""
+    with dense():
+        scores = score(model, windows, batch_size=batch_size, progress=progress, description="dense perplexity")
+    dense_result = result_of(model, windows, scores)
+    reset = getattr(model, "reset_stats", None)
+    if reset is not None:
+        reset()
+    with cut() if cut is not None else nullcontext():
+        scores = score(model, windows, batch_size=batch_size, progress=progress)
+    return dense_result, result_of(model, windows, scores)
 
 
 def as_windows(
@@ -179,9 +193,7 @@ def fitting_context(model: nn.Module, context: int | None = None) -> int:
     return context
 
 
-def result_of(
-    model: nn.Module, windows: WindowSet, scores: DocumentScores, dense: PerplexityResult | None = None
-) -> PerplexityResult:
+def result_of(model: nn.Module, windows: WindowSet, scores: DocumentScores) -> PerplexityResult:
     """A result from the sums of `score`; documents of which no token was scored are left out."""
     used = np.flatnonzero(scores.tokens)
     dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -197,14 +209,8 @@ def result_of(
         document_nll=scores.nll[used],
         document_tokens=scores.tokens[used],
         document_bytes=scores.n_bytes[used],
-        dense=dense,
     )
 
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def save_json(result: PerplexityResult, path: str | Path) -> None:
-    """Writes a result as JSON."""
-    Path(path).write_text(result.to_json(indent=1) + "\n", encoding="utf-8")

@@ -103,7 +103,8 @@ def default_batch_size(model: nn.Module, context: int) -> int:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """Rows of the input embedding, None where they cannot be read."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None
 
 
@@ -191,10 +192,10 @@ def check_finite(values: Tensor, batch: Batch) -> None:
     if bool(finite.all()):
         return
     row, column = (int(v) for v in batch.scored.nonzero()[int((~finite).nonzero()[0])])
-    window = batch.windows[row]
+    window, bad = batch.windows[row], int((~finite).sum())
     raise EvaluationError(
         f"the logits must be finite, got a log-likelihood of {float(values[~finite][0])} in window {window.index} "
-        f"(document {int(window.documents[column + 1])}) at position {column + 1}; {int((~finite).sum())} tokens of the "
+        f"(document {int(window.documents[column + 1])}) at position {column + 1}; {bad} tokens of the "
         "batch are hit: check the weights, or evaluate in a wider dtype (float32, bfloat16)"
     )
 

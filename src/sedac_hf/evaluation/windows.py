@@ -99,7 +99,7 @@ def make_windows(
         join: join the texts by this string and tokenise them once, instead of an end-of-text token after each (GPTQ's
             wikitext figures use two line ends). Needs the whole text in memory and a fast tokenizer.
         bos: where the tokenizer's beginning-of-text token goes: at every window's start, once at the stream's start,
-            or nowhere. ``auto``: nowhere if the tokenizer does not add one by itself; once under ``windows`` (what GPTQ
+            or nowhere. ``auto``: nowhere if the tokenizer does not add one by itself; once under ``windows`` (as GPTQ
             does); otherwise at every window, since some models (Gemma) break down without it.
         max_tokens: stop after so many scored tokens.
 
@@ -204,7 +204,7 @@ class _Cutter:
             self.windows.append(window)
             if self._left is not None:
                 self._left -= window.n_scored
-        return rows.shape[1]
+        return int(rows.shape[1])
 
 
 def _by_document(encoded: Iterator[EncodedDocument]) -> Iterator[Iterator[EncodedDocument]]:
