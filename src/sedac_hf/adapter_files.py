@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from sedac_hf.calibration.report import CalibrationReport
 from sedac_hf.configuration import SedacConfig
 from sedac_hf.errors import LoadError, SedacError
 from sedac_hf.ffn.policy import Policy
 
 if TYPE_CHECKING:
+    from sedac_hf.calibration import CalibrationReport
     from sedac_hf.modeling import SedacForCausalLM
 
 TENSORS_FILE = "sedac.safetensors"
@@ -94,6 +94,8 @@ def read_report(path: str, **hub: Any) -> CalibrationReport | None:
     found = _find(path, REPORT_FILE, **hub)
     if found is None:
         return None
+    from sedac_hf.calibration import CalibrationReport  # brings the fitting with it, which only this needs
+
     try:
         return CalibrationReport.from_dict(json.loads(Path(found).read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
