@@ -13,7 +13,9 @@ from sedac_hf.cli.env import machine
 def command(
     model: Annotated[
         str,
-        typer.Argument(help="Saved SEDAC model or adapter, or any decoder (timed uncalibrated).", show_default=False),
+        typer.Argument(
+            help="'demo', a folder or a hub id: SEDAC model, adapter or plain decoder.", show_default=False
+        ),
     ],
     work: Annotated[
         Literal["generate", "forward"],
@@ -23,8 +25,8 @@ def command(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length, in tokens.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per row.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements per variant; the median is quoted.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device of the model, e.g. cpu, cuda:0 or auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto (as saved).")] = "auto",
+    device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda:0; default: a GPU where there is one.")] = None,
     consistent: Annotated[
         bool, typer.Option("--consistent", help="Cut even where full width would be quicker.")
     ] = False,
@@ -32,10 +34,10 @@ def command(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time dense, full width and SEDAC in turn, and print the medians and their ratio."""
-    from sedac_hf import SedacForCausalLM
+    from sedac_hf.cli.loading import load_model
     from sedac_hf.evaluation.speed import compare_speed
 
-    loaded = SedacForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
+    loaded = load_model(model, dtype=dtype, device=device)
     extra = {"consistent": True} if consistent else {}
     report = compare_speed(
         loaded,
