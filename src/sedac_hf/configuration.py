@@ -182,6 +182,11 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise ConfigError("`text_config` must name the base decoder's `model_type`, got a dict without it")
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
+        if schedule is not None and None in (layer_configs, confidence_decay, soft_exit, cut, objective, risk_scale):
+            raise ConfigError(
+                "a calibrated configuration (one with a `schedule`) must hold `layer_configs`, `confidence_decay`, "
+                "`soft_exit`, `cut`, `objective` and `risk_scale`; one of them is missing: is the file cut short?"
+            )
         base = None if text_config is None else text_config.get_text_config(decoder=True)
         if layer_configs is None:
             layer_configs = () if base is None else default_layer_configs(

@@ -59,8 +59,10 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __new__(cls, config: SedacConfig, base_model: PreTrainedModel | None = None) -> SedacForCausalLM:
-        """An object of the class that mirrors the base's signatures."""
+    def __new__(
+        cls, config: SedacConfig | None = None, base_model: PreTrainedModel | None = None
+    ) -> SedacForCausalLM:
+        """An object of the class that mirrors the base's signatures (copying calls this without arguments)."""
         if cls is SedacForCausalLM and isinstance(config, SedacConfig):
             cls = class_for(type(base_model) if base_model is not None else _base_class(config))
         return super().__new__(cls)

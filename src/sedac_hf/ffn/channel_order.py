@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.errors import ConfigError, UnsupportedModelError
 from sedac_hf.ffn.linears import is_readable
 from sedac_hf.ffn.sites import FFNSite
 
@@ -24,11 +24,10 @@ def apply_order(site: FFNSite, order: Tensor) -> None:
 
     Raises:
         UnsupportedModelError: the weights are quantised, offloaded, or not plain linears.
-        ValueError: ``order`` is no permutation of the site's units.
+        ConfigError: ``order`` is no permutation of the site's units.
     """
+    check_order(site, order)
     f = site.intermediate_size
-    if order.shape != (f,) or not torch.equal(order.sort().values, torch.arange(f)):
-        raise ValueError(f"`order` must be a permutation of {f} units for {site.name!r}, got shape {tuple(order.shape)}")
     if not can_reorder(site):
         raise UnsupportedModelError(
             f"the weights of {site.name!r} must be plain and on a device for a channel order (quantised, offloaded or "
@@ -40,6 +39,15 @@ def apply_order(site: FFNSite, order: Tensor) -> None:
         if linear.bias is not None:
             _permute(linear.bias, halves, dim=0)
     _permute(site.down.weight, order, dim=0 if isinstance(site.down, Conv1D) else 1)
+
+
+def check_order(site: FFNSite, order: Tensor) -> None:
+    """Raise ConfigError unless ``order`` is a permutation of the site's units."""
+    f = site.intermediate_size
+    if order.shape != (f,) or not torch.equal(order.sort().values, torch.arange(f)):
+        raise ConfigError(
+            f"`order` must be a permutation of the {f} units of {site.name!r}, got shape {tuple(order.shape)}"
+        )
 
 
 def undo_order(site: FFNSite, order: Tensor) -> None:

@@ -7,12 +7,13 @@ of down on the kept units would make. The whole FFN is never compensated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.ops.contract import OperatingPoint
 
 
 class LevelCompensation:
@@ -38,6 +39,17 @@ class LevelCompensation:
         self._bias = bias
         self._low_rank = dict(low_rank)
         self._placed: dict[tuple[torch.device, torch.dtype, int], Tensor | tuple[Tensor, Tensor]] = {}
+
+    def check(self, hidden_size: int, points: Sequence[OperatingPoint]) -> None:
+        """Raise ConfigError unless this is for an FFN of that hidden size with these points."""
+        if self._bias is not None and self._bias.shape[1] != hidden_size:
+            raise ConfigError(f"`bias` is for a hidden size of {self._bias.shape[1]}, the FFN has {hidden_size}")
+        for level, (u, v) in self._low_rank.items():
+            if u.shape[0] != hidden_size or v.shape[1] != points[level].width:
+                raise ConfigError(
+                    f"the low-rank pair of level {level} must map {points[level].width} units to {hidden_size}, "
+                    f"got {tuple(u.shape)} and {tuple(v.shape)}"
+                )
 
     def bias(self, like: Tensor) -> Tensor | None:
         """[n_levels + 1, d] on ``like``'s device and dtype; None: nothing to add."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import is_plain, rows, sliced
+from sedac_hf.ffn.linears import bias_of, is_plain, rows, sliced, weight_of
+from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.slicing import slicing_is_exact
 from sedac_hf.ops import SiteCut, cut_ffn
@@ -53,14 +54,18 @@ def forward_replacements(site: FFNSite, current: Current) -> list[tuple[nn.Modul
 
 def _original(module: nn.Module) -> Callable[..., Any]:
     """What the replacement stands in for: behind accelerate's hook where there is one."""
-    forward: Callable[..., Any] = module._old_forward if hasattr(module, "_hf_hook") else module.forward
-    return forward
+    return cast("Callable[..., Any]", module._old_forward if hasattr(module, "_hf_hook") else module.forward)
 
 
 class _Scratch(threading.local):
     """What gate leaves for down within one FFN call. Per thread: two threads may run one model at once."""
 
-    x: Tensor | None = None
+    x: Tensor | None = None  # the FFN's input, where a shadow will read it
+    z: Tensor | None = None  # the gate's output, where the gate itself decides
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        x, z, self.x, self.z = self.x, self.z, None, None
+        return x, z
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
         return _Scratch()
@@ -89,6 +94,21 @@ class _Calls:
         return max(widest(cut, f), min(_LEAST_EMITTED, f)) if self.slices else f
 
 
+def _exact_gate(cut: SiteCut) -> ExactGate | None:
+    decider = getattr(cut.importance, "__self__", None)
+    return decider if isinstance(decider, ExactGate) else None
+
+
+def _importance(cut: SiteCut, x: Tensor | None, z: Tensor | None, n: int) -> Tensor | None:
+    """Importance [n, >= k] from what the gate left; None where nobody chooses (or nothing was left: all are used)."""
+    if not chooses(cut) or cut.importance is None:
+        return None
+    exact = _exact_gate(cut)
+    if exact is not None:
+        return None if z is None else exact.importance_of(z.reshape(n, z.shape[-1]))
+    return None if x is None else cut.importance(x.reshape(n, x.shape[-1]))
+
+
 def _rows_of(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
 
@@ -102,12 +122,20 @@ class _Producer:
         self.gives_x = gives_x
         self.original = _original(linear)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut = self.call.cut()
         if cut is None or _rows_of(x) != cut.plan.n_tokens:
             return self.original(x, *args, **kwargs)
-        if self.gives_x:
-            self.call.scratch.x = x if chooses(cut) else None
+        output = self._emit(x, cut, *args, **kwargs)
+        if self.gives_x and chooses(cut):
+            exact = _exact_gate(cut)
+            if exact is None:
+                self.call.scratch.x = x
+            else:
+                self.call.scratch.z = exact.gate_part(output)
+        return output
+
+    def _emit(self, x: Tensor, cut: SiteCut, *args: Any, **kwargs: Any) -> Any:
         f, k = self.call.site.intermediate_size, self.call.emitted(cut)
         if k >= f or args or kwargs:
             return self.original(x, *args, **kwargs)
@@ -124,9 +152,9 @@ class _Consumer:
         self.linear = linear
         self.original = _original(linear)
 
-    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut, f, k = self.call.cut(), self.call.site.intermediate_size, h.shape[-1]
-        x, self.call.scratch.x = self.call.scratch.x, None
+        x, z = self.call.scratch.take()
         if cut is None:
             return self.original(h, *args, **kwargs)
         n = _rows_of(h)
@@ -137,11 +165,10 @@ class _Consumer:
         if n == 0:
             return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
         flat = h.reshape(n, k)
-        importance = None
-        if chooses(cut) and cut.importance is not None and x is not None:
-            importance = cut.importance(x.reshape(n, x.shape[-1])).to(h.device)
+        importance = _importance(cut, x, z, n)
         used = None
         if importance is not None or cut.plan.uniform is None or widest(cut, f) < k:
+            importance = None if importance is None else importance.to(h.device)
             used = used_units(cut, f, k, importance, h.device)
             flat = torch.where(used, flat, torch.zeros((), dtype=h.dtype, device=h.device))
         masked = flat.reshape(h.shape)
@@ -152,7 +179,7 @@ class _Consumer:
         return y
 
     def _narrow(self, h: Tensor) -> Tensor:
-        return nn.functional.linear(h, rows(self.linear)[:, : h.shape[-1]], self.linear.bias)
+        return nn.functional.linear(h, rows(self.linear)[:, : h.shape[-1]], bias_of(self.linear))
 
 
 class _Owner:
@@ -170,7 +197,7 @@ class _Owner:
             or kwargs
             or site.owner.training  # dropout is the class's own affair
             or _rows_of(x) != cut.plan.n_tokens
-            or x.dtype != site.down.weight.dtype
+            or x.dtype != weight_of(site.down).dtype
             or torch.is_autocast_enabled(x.device.type)
         )
         if unusual or cut is None:

@@ -6,6 +6,8 @@ A linear is `nn.Linear`, transformers' `Conv1D`, or a stand-in for one (quantise
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -16,15 +18,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return None
     weight = getattr(module, "weight", None)
-    two_d = isinstance(weight, Tensor) and weight.dim() == 2
+    shape = weight.shape if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() else None
     if isinstance(module, Conv1D):
-        return (weight.shape[0], weight.shape[1]) if two_d else None
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(size, int) for size in sizes):
+        return None if shape is None else (shape[0], shape[1])
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
         return None
-    if two_d and weight.is_floating_point():
-        return weight.shape[1], weight.shape[0]
-    return sizes
+    return (inputs, outputs) if shape is None else (shape[1], shape[0])
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -38,7 +38,7 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if not {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}:
         return False
-    weight = module.weight
+    weight = weight_of(module)
     if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or weight.dim() != 2:
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -48,34 +48,43 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) or _computes_linear(module)
 
 
-def _computes_linear(module: nn.Linear) -> bool:
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as the module keeps it."""
+    return cast(Tensor, module.weight)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", module.bias)
+
+
+def _computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of `nn.Linear` computes what `nn.Linear` does (checked on numbers)."""
-    if module.weight.is_meta or hasattr(module, "_hf_hook"):
+    weight = weight_of(module)
+    if weight.is_meta or hasattr(module, "_hf_hook"):
         return False
-    x = torch.linspace(-1, 1, 2 * module.weight.shape[1], device=module.weight.device, dtype=module.weight.dtype)
-    x = x.reshape(2, -1)
+    x = torch.linspace(-1, 1, 2 * weight.shape[1]).to(weight.device, weight.dtype).reshape(2, -1)
     with torch.no_grad():
         try:
             got = type(module).forward(module, x)
         except (RuntimeError, TypeError, ValueError):
             return False
-        return close(got, nn.functional.linear(x, module.weight, module.bias))
+        return close(got, nn.functional.linear(x, weight, bias_of(module)))
 
 
 def is_readable(module: nn.Module) -> bool:
     """Whether a plain linear's weight may be read from outside its own forward, now and later."""
-    return is_plain(module) and not module.weight.is_meta and not hasattr(module, "_hf_hook")
+    return is_plain(module) and not weight_of(module).is_meta and not hasattr(module, "_hf_hook")
 
 
 def rows(module: nn.Module) -> Tensor:
     """The weight of a plain linear in `nn.Linear` layout [out, in]; a view."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    return weight_of(module).T if isinstance(module, Conv1D) else weight_of(module)
 
 
 def sliced(module: nn.Module, x: Tensor, lo: int, hi: int) -> Tensor:
     """Outputs lo..hi of a plain linear for x [..., in] -> [..., hi - lo]."""
-    bias = None if module.bias is None else module.bias[lo:hi]
-    return nn.functional.linear(x, rows(module)[lo:hi], bias)
+    bias = bias_of(module)
+    return nn.functional.linear(x, rows(module)[lo:hi], None if bias is None else bias[lo:hi])
 
 
 def close(got: object, wanted: Tensor) -> bool:

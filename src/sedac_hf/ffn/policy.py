@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sedac_hf.configuration import DEFAULT_ALPHA, Cut, LayerConfig, Objective
 from sedac_hf.errors import ConfigError
+from sedac_hf.ffn.channel_order import check_order
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import FFNSite
@@ -67,6 +68,12 @@ class Policy:
             values = getattr(self, name)
             if values is not None and len(values) != len(sites):
                 raise ConfigError(f"`{name}` needs one entry per FFN: {len(sites)}, got {len(values)}")
+        for site, order in zip(sites, self.channel_order or (), strict=False):
+            if order is not None:
+                check_order(site, order)
+        for site, item, row in zip(sites, self.compensation or (), self.schedule.points, strict=False):
+            if item is not None:
+                item.check(site.hidden_size, row)
 
     def to_config(self) -> dict[str, Any]:
         """The part that a configuration holds, JSON types only."""

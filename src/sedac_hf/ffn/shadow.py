@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import is_plain, sliced
+from sedac_hf.ffn.linears import is_plain, sliced, weight_of
 from sedac_hf.ffn.low_bit import LowBitMatrix, int8_rows
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.contract import FFNWeights
@@ -71,7 +71,8 @@ class Shadow:
             z = self.deciding.product(int8_rows(x), lo, hi)
             if self.bias is not None:
                 z += self.bias[lo:hi]
-            return self.activation(z).abs() * self.unit_norm[lo:hi]
+            magnitude: Tensor = self.activation(z).abs()
+            return magnitude * self.unit_norm[lo:hi]
 
     def _move(self, device: torch.device) -> None:
         self.deciding = self.deciding.to(device)
@@ -94,44 +95,47 @@ class ExactGate:
         self.site = site
         self.linear = site.up if site.gate is None else site.gate
         self.activation = site.activation
-        self._original = self.linear.forward
+        self._original: Callable[[Tensor], Tensor] = self.linear.forward
         self.unit_norm = _probed_unit_norms(site)
         self.bytes = sum(p.numel() * p.element_size() for p in self.linear.parameters())
         self.multiply_adds = site.hidden_size * site.intermediate_size
         if site.kind == "fused":
             self.bytes //= 2
 
-    def importance(self, x: Tensor, rows: range | None = None) -> Tensor:
+    def importance(self, x: Tensor) -> Tensor:
         """Importance of each unit for x [n, d] -> float32 [n, f]; no gradient."""
-        f = self.site.intermediate_size
         with torch.no_grad():
-            if is_plain(self.linear) and not self.linear.weight.is_meta:
+            if is_plain(self.linear) and not weight_of(self.linear).is_meta:
+                f = self.site.intermediate_size
                 lo = f if self.site.kind == "fused" and not self.site.fused_gate_first else 0
-                return self.importance_of(sliced(self.linear, x, lo, lo + f), rows)
-            return self.importance_of(self._original(x), rows)
+                return self.importance_of(sliced(self.linear, x, lo, lo + f))
+            return self.importance_of(self.gate_part(self._original(x)))
 
-    def importance_of(self, z: Tensor, rows: range | None = None) -> Tensor:
-        """Importance from the gate's own output z [n, f] (fused: [n, 2f])."""
-        f = self.site.intermediate_size
-        if z.shape[-1] == 2 * f:
-            z = z[..., :f] if self.site.fused_gate_first else z[..., f:]
-        lo, hi = (0, f) if rows is None else (rows.start, rows.stop)
+    def gate_part(self, output: Tensor) -> Tensor:
+        """The gate's half of the output of a fused linear; all of it otherwise."""
+        if self.site.kind != "fused":
+            return output
+        return output.chunk(2, dim=-1)[0 if self.site.fused_gate_first else 1]
+
+    def importance_of(self, z: Tensor) -> Tensor:
+        """Importance of the first k units from the gate's own output z [n, k] -> float32 [n, k]; no gradient."""
         with torch.no_grad():
-            scale = self.unit_norm.to(z.device)
-            return self.activation(z.detach())[..., lo:hi].float().abs() * scale[lo:hi]
+            magnitude: Tensor = self.activation(z.detach()).float().abs()
+            return magnitude * self.unit_norm.to(z.device)[: z.shape[-1]]
 
 
 def unit_norms(weights: FFNWeights) -> Tensor:
     """float32 [f]: ||up_j|| * ||down_j||, for a plain MLP ||down_j||."""
-    down = torch.linalg.vector_norm(weights.down.detach(), dim=0, dtype=torch.float32)
+    down: Tensor = torch.linalg.vector_norm(weights.down.detach(), dim=0, dtype=torch.float32)
     if weights.gate is None:
         return down
-    return down * torch.linalg.vector_norm(weights.up.detach(), dim=1, dtype=torch.float32)
+    up: Tensor = torch.linalg.vector_norm(weights.up.detach(), dim=1, dtype=torch.float32)
+    return down * up
 
 
 def _readable_weights(site: FFNSite) -> FFNWeights:
     for linear in site.linears:
-        if not is_plain(linear) or linear.weight.is_meta:
+        if not is_plain(linear) or weight_of(linear).is_meta:
             raise UnsupportedModelError(
                 f"a shadow of {site.name!r} needs weights in float32, bfloat16 or float16 that are in memory, got "
                 f"{type(linear).__name__} ({getattr(getattr(linear, 'weight', None), 'dtype', 'no weight')}): "

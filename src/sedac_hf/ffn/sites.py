@@ -17,8 +17,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import linear_shape, rows
-from sedac_hf.ffn.verify import named_activation, verified_formula
+from sedac_hf.ffn.linears import bias_of, linear_shape, rows
+from sedac_hf.ffn.verify import Parts, named_activation, verified_formula
 from sedac_hf.ops.contract import FFNWeights
 
 Kind = Literal["gated", "fused", "plain"]
@@ -59,10 +59,6 @@ class FFNSite:
         """The site's linears, gate first, down last."""
         return tuple(linear for linear in (self.gate, self.up, self.down) if linear is not None)
 
-    @property
-    def gate_bias(self) -> Tensor | None:
-        return self._parts()[3]
-
     def weights(self) -> FFNWeights:
         """Views of the live weights, as they are now.
 
@@ -74,19 +70,22 @@ class FFNSite:
                 f"the FFN {self.name!r} has no activation that can be read: looked for a callable attribute of "
                 f"{type(self.owner).__name__} that reproduces its output; cut it through its linears instead"
             )
-        gate, up, down, gate_bias, up_bias, down_bias = self._parts()
+        gate, up, down, gate_bias, up_bias, down_bias = self.parts()
         return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, self.activation)
 
-    def _parts(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        up, bias, f = rows(self.up), self.up.bias, self.intermediate_size
+    def parts(self) -> Parts:
+        """Views of gate, up, down and their biases, as in `FFNWeights`."""
+        up, bias, f = rows(self.up), bias_of(self.up), self.intermediate_size
         if self.kind == "fused":
             first, second = slice(0, f), slice(f, 2 * f)
             gate, rest = (first, second) if self.fused_gate_first else (second, first)
-            biases = (None, None) if bias is None else (bias[gate], bias[rest])
-            return up[gate], up[rest], rows(self.down), *biases, self.down.bias
+            biases: tuple[Tensor | None, Tensor | None] = (None, None)
+            if bias is not None:
+                biases = bias[gate], bias[rest]
+            return up[gate], up[rest], rows(self.down), *biases, bias_of(self.down)
         if self.gate is None:
-            return None, up, rows(self.down), None, bias, self.down.bias
-        return rows(self.gate), up, rows(self.down), self.gate.bias, bias, self.down.bias
+            return None, up, rows(self.down), None, bias, bias_of(self.down)
+        return rows(self.gate), up, rows(self.down), bias_of(self.gate), bias, bias_of(self.down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,16 +128,16 @@ def find_sites(model: nn.Module) -> ModelSites:
 
 def _decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
     """The largest list of modules directly in the decoder, or else anywhere under it."""
-    decoder = None
-    if hasattr(model, "get_decoder"):
-        try:
-            decoder = model.get_decoder()
-        except (AttributeError, NotImplementedError, TypeError):
-            decoder = None
+    get_decoder = getattr(model, "get_decoder", None)
+    try:
+        decoder = get_decoder() if callable(get_decoder) else None
+    except (AttributeError, NotImplementedError, TypeError):
+        decoder = None
     for root in (decoder, model):
         if not isinstance(root, nn.Module) or linear_shape(root) is not None:
             continue
-        lists = [child for child in root.children() if _is_layer_list(child)] or list(_outer_lists(root))
+        direct = [child for child in root.children() if isinstance(child, nn.ModuleList) and _has_weights(child)]
+        lists = direct or list(_outer_lists(root))
         if lists:
             largest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()))
             return tuple(largest)
@@ -149,13 +148,13 @@ def _decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
     )
 
 
-def _is_layer_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and any(True for _ in module.parameters())
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _outer_lists(root: nn.Module) -> Iterator[nn.ModuleList]:
     for child in root.children():
-        if _is_layer_list(child):
+        if isinstance(child, nn.ModuleList) and _has_weights(child):
             yield child
         else:
             yield from _outer_lists(child)
@@ -236,7 +235,7 @@ def _as_site(layer_idx: int, name: str, owner: nn.Module, linears: dict[str, nn.
 def _completed(site: FFNSite) -> FFNSite:
     """The site with its activation, and with gate and up as its owner's forward really uses them."""
     for variant in _variants(site):
-        activation = verified_formula(variant.owner, variant.linears, variant._parts)
+        activation = verified_formula(variant.owner, variant.linears, variant.parts)
         if activation is not None:
             return replace(variant, activation=activation, plain_forward=True)
     return replace(site, activation=named_activation(site.owner))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import close, is_readable, rows, sliced
+from sedac_hf.ffn.linears import bias_of, close, is_readable, rows, sliced, weight_of
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.verify import run_alone
 
@@ -29,7 +29,7 @@ def slicing_is_exact(site: FFNSite) -> bool:
     if extra is None:
         return trusted
     x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(1))
-    x = x.to(site.down.weight.device, site.down.weight.dtype)
+    x = x.to(weight_of(site.down).device, weight_of(site.down).dtype)
     k = max(1, site.intermediate_size // 3)
     with torch.no_grad():
         zeroed = _trial(site, x, k, extra, narrow=False)
@@ -66,7 +66,7 @@ def _trial(site: FFNSite, x: Tensor, k: int, extra: int, *, narrow: bool) -> Ten
 
     def down_forward(h: Tensor) -> Tensor:
         h = h[..., :k]
-        return nn.functional.linear(h, rows(site.down)[:, :k], site.down.bias)
+        return nn.functional.linear(h, rows(site.down)[:, :k], bias_of(site.down))
 
     try:
         put(site.down, down_forward)

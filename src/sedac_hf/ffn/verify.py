@@ -12,7 +12,8 @@ from torch.nn import functional
 from sedac_hf.ffn.linears import close, is_readable, linear_shape
 
 Activation = Callable[[Tensor], Tensor]
-Parts = Callable[[], tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
+# gate, up, down and their biases
+Parts = tuple["Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 def gelu_tanh(z: Tensor) -> Tensor:
@@ -29,7 +30,9 @@ _COMMON: tuple[Activation, ...] = (functional.silu, functional.gelu, gelu_tanh, 
 _ACTIVATION_NAME = re.compile(r"act|gelu|silu|swish|relu|nonlin|non_lin", re.I)
 
 
-def verified_formula(owner: nn.Module, linears: tuple[nn.Module, ...], parts: Parts) -> Activation | None:
+def verified_formula(
+    owner: nn.Module, linears: tuple[nn.Module, ...], parts: Callable[[], Parts]
+) -> Activation | None:
     """The activation for which ``owner(x)`` equals the formula on random x, or None where none does.
 
     ``parts`` gives gate, up, down and their biases. None too where the weights can't be read directly (meta,
