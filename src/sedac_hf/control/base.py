@@ -11,13 +11,13 @@ The law. For token t and checkpoint i = 0..n-1, with risk r_i, threshold tau_i, 
 
 float32 throughout, in this order of operations. A negative risk reads as 0. A hard exit latches: once out, out. A NaN
 or infinite risk of either sign makes the token *failed* for the rest of the pass: ratio 0, exit False, C frozen; this
-beats a latched hard exit. Levels are decided by comparing C with `cut_points`, never by computing tanh, so engines that
-agree on C agree on levels bit for bit: level ``n_levels - #{m : C >= cut_points[m]}`` for a soft exit, 0 for a hard one,
-``n_levels`` for none. A level is a keep rounded up: it never skips more than the ratio asks.
+beats a latched hard exit. Levels are decided by comparing C with `cut_points`, never by computing tanh, so engines
+that agree on C agree on levels bit for bit: level ``n_levels - #{m : C >= cut_points[m]}`` for a soft exit, 0 for a
+hard one, ``n_levels`` for none. A level is a keep rounded up: it never skips more than the ratio asks.
 
-A pass (`begin`, `step`, `step`, ...) owns its state; any number may be alive at once, on any threads. Thresholds belong
-to the controller, are shared, and are read at each step; concurrent updates are never lost. Source: the SEDAC V6.1
-design, "Confidence Accumulation" and "Soft Exit".
+A pass (`begin`, `step`, `step`, ...) owns its state; any number may be alive at once, on any threads. Thresholds
+belong to the controller, are shared, and are read at each step; concurrent updates are never lost. Source: the SEDAC
+V6.1 design, "Confidence Accumulation" and "Soft Exit".
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class PythonController(EngineBase):
         for i in range(n_checkpoints):
             levels[i] = self._advance(state, risk[i], thresholds[i])
             ratios[i] = state.ratio
-        return CascadeDecisions(state._exited, state._exit_layer, state._confidence, ratios[-1].copy(), ratios, levels)
+        return CascadeDecisions(state._exited, state._exit_layer, state._confidence, ratios[-1], ratios, levels)
 
     def update_threshold(self, layer_idx: int, samples: ArrayLike, quantile: float | None = None) -> float:
         i = self._checkpoint_at(layer_idx)

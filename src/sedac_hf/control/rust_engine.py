@@ -56,11 +56,11 @@ class RustController(EngineBase):
 
     @property
     def thresholds(self) -> NDArray[np.float32]:
-        return self._core.thresholds()
+        return self._core.thresholds
 
     @property
     def cut_points(self) -> NDArray[np.float32]:
-        return self._core.cut_points()
+        return self._core.cut_points
 
     def begin(self, n_tokens: int) -> _rust.ForwardPass:
         try:
@@ -81,10 +81,11 @@ class RustController(EngineBase):
 
     def evaluate_batch(self, risk: NDArray[np.float32]) -> CascadeDecisions:
         try:
-            return CascadeDecisions(*self._core.evaluate_batch(risk))
+            should_exit, exit_layer, confidence, ratios, levels = self._core.evaluate_batch(risk)
         except _REFUSALS as error:
             check_array("risk", risk, np.float32, (len(self._layer_configs), None))
             raise ControllerError(str(error)) from error
+        return CascadeDecisions(should_exit, exit_layer, confidence, ratios[-1], ratios, levels)
 
     def update_threshold(self, layer_idx: int, samples: ArrayLike, quantile: float | None = None) -> float:
         i = self._checkpoint_at(layer_idx)

@@ -1,0 +1,57 @@
+//! The cascade of SEDAC: risks at a few checkpoint layers in, a keep level per token out.
+//!
+//! Small probes predict at each *checkpoint layer* how much a token's output would suffer if the FFNs after it were
+//! cut. [`CascadeController`] accumulates *confidence* over the checkpoints and answers, per token, with the *ratio*
+//! of FFN hidden units to skip, given as one of a few keep *levels*. This crate knows no Python and no tensors.
+//!
+//! # Key types
+//!
+//! - [`CascadeConfig`]: checkpoints and settings, validated when built; [`LayerConfig`] is one checkpoint.
+//! - [`CascadeController`]: the law and the shared, atomic thresholds.
+//! - [`ForwardPass`]: the state of one pass over a batch; any number may be alive at once.
+//! - [`LevelPlan`]: a batch sorted by level.
+//!
+//! # Usage, and what each step costs
+//!
+//! 1. Build a controller once (microseconds).
+//! 2. [`begin`](CascadeController::begin) a pass: one allocation of 13 bytes per token.
+//! 3. [`step`](CascadeController::step) at each checkpoint: about 1.5 ns per token on one core, no tanh.
+//! 4. [`plan`](CascadeController::plan) the batch: about 2 ns per token.
+//! 5. Optionally [`update_threshold`](CascadeController::update_threshold): a selection over the samples and one
+//!    compare-exchange.
+//!
+//! ```
+//! use sedac_core::{CascadeConfig, CascadeController, LayerConfig};
+//!
+//! let config = CascadeConfig::new(vec![
+//!     LayerConfig::new(3, 0.2, 0.8, 0.3),
+//!     LayerConfig::new(6, 0.5, 1.0, 0.4),
+//! ])?;
+//! let controller = CascadeController::new(config);
+//! let mut pass = controller.begin(2)?;
+//! let levels = controller.step(&mut pass, 0, &[0.0, f32::NAN])?;
+//! assert_eq!(levels, [6, 8]); // the first token keeps 6/8 of the units; a risk that is no number keeps them all
+//! # Ok::<(), sedac_core::Error>(())
+//! ```
+#![forbid(unsafe_code)]
+
+mod accumulator;
+mod config;
+mod controller;
+mod decisions;
+mod error;
+mod parallel;
+mod pass;
+mod plan;
+mod schedule;
+mod thresholds;
+
+pub use accumulator::CONFIDENCE_FLOOR;
+pub use config::{CascadeConfig, LayerConfig, WEIGHT_CEILING};
+pub use controller::CascadeController;
+pub use decisions::{Decisions, ExitDecision};
+pub use error::Error;
+pub use pass::ForwardPass;
+pub use plan::LevelPlan;
+pub use schedule::{KeepLevels, MAX_LEVELS};
+pub use thresholds::THRESHOLD_FLOOR;
