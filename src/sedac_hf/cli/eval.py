@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sedac_hf.cli.loading import DEMO, load_model, load_tokenizer
 from sedac_hf.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure quality.", no_args_is_help=True)
 
-_DEMO = "demo"
 _DEMO_CONTEXT = 256  # what the embedded decoder was trained at; its positions reach further, its training did not
 
 
@@ -70,14 +70,15 @@ def ppl(
     """Perplexity of a model, dense and with SEDAC in the same run."""
     texts = _texts(model, dataset, text, stdlib, dataset_config, split, column, streaming)
     from sedac_hf.evaluation import compare
-    from sedac_hf.evaluation.processes import is_main_process
+    from sedac_hf.evaluation.processes import is_main_process, local_device
 
-    loaded, loaded_tokenizer = _load(model, tokenizer, dtype, device)
-    if context is None and model == _DEMO:
+    place = device or local_device()
+    loaded = load_model(model, dtype=dtype, device=None if place is None else str(place))
+    if context is None and model == DEMO:
         context = _DEMO_CONTEXT
     result = compare(
         loaded,
-        loaded_tokenizer,
+        load_tokenizer(model, loaded, tokenizer),
         texts,
         protocol=protocol.value,
         context=context,
@@ -109,7 +110,7 @@ def _texts(
     streaming: bool,
 ) -> Any:
     given = [name for name, value in (("--dataset", dataset), ("--text", text), ("--stdlib", stdlib)) if value]
-    if len(given) > 1 or (not given and model != _DEMO):
+    if len(given) > 1 or (not given and model != DEMO):
         raise EvaluationError(
             f"one of --dataset, --text and --stdlib must say what to evaluate on, got {' and '.join(given) or 'none'}"
         )
@@ -122,30 +123,6 @@ def _texts(
     if dataset is not None:
         return read_documents(dataset, config=config, split=split, column=column, streaming=streaming)
     return stdlib_documents("heldout")
-
-
-def _load(model: str, tokenizer: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoTokenizer
-
-    from sedac_hf.assets import demo_path
-    from sedac_hf.evaluation.processes import local_device
-    from sedac_hf.modeling import SedacForCausalLM
-
-    place = device or local_device() or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model == _DEMO:
-        model = str(demo_path())
-        # stored in half precision, in which a CPU is slow
-        dtype = "float32" if dtype == "auto" and str(place) == "cpu" else dtype
-    loaded = SedacForCausalLM.from_pretrained(model, dtype=dtype, device_map=str(place))
-    source = tokenizer or model
-    try:
-        return loaded, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):  # an adapter's folder holds none, or not a whole one
-        base = getattr(loaded.config, "base_model_name_or_path", None)
-        if tokenizer is not None or not base:
-            raise
-        return loaded, AutoTokenizer.from_pretrained(base)
 
 
 def _print(model: str, result: Comparison, calibrated: bool) -> None:
@@ -176,9 +153,6 @@ def _print(model: str, result: Comparison, calibrated: bool) -> None:
         stats = result.stats
         typer.echo(
             f"FFN not needed: {1 - stats['needed_bytes_share']:.1%} of weight bytes, "
-            f"{1 - stats['needed_multiply_adds_share']:.1%} of multiply-adds, all FFNs and tokens, costs counted; saved "
-            f"in this run: {stats['saved_bytes_share']:.1%} and {stats['saved_multiply_adds_share']:.1%}"
+            f"{1 - stats['needed_multiply_adds_share']:.1%} of multiply-adds, all FFNs and tokens, costs counted; "
+            f"saved in this run: {stats['saved_bytes_share']:.1%} and {stats['saved_multiply_adds_share']:.1%}"
         )
-
-
-command = app

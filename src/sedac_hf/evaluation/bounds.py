@@ -49,8 +49,8 @@ def upper_bound(
         confidence: probability, over draws of documents, that the bound is not below the true mean.
 
     Raises:
-        EvaluationError: fewer than 5 documents with tokens: no bound from those could be trusted. Cut long documents by
-            `split_documents` if there are no more.
+        EvaluationError: fewer than 5 documents with tokens: no bound from those could be trusted. Cut long documents
+            by `split_documents` if there are no more.
     """
     delta, tokens = _checked(delta_per_document, tokens_per_document, MIN_DOCUMENTS)
     _check_confidence(confidence)

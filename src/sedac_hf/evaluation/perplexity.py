@@ -144,7 +144,7 @@ def measure_pair(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> tuple[PerplexityResult, PerplexityResult]:
-    """Scores the windows inside `dense()`, then inside `cut()`; the model's stats afterwards tell of the latter alone."""
+    """Scores the windows inside `dense()`, then inside `cut()`; the model's stats then tell of the latter alone."""
     with dense():
         scores = score(model, windows, batch_size=batch_size, progress=progress, description="dense perplexity")
     dense_result = result_of(model, windows, scores)

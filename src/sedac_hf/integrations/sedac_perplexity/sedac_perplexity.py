@@ -9,7 +9,10 @@ from typing import Any
 
 import datasets
 import evaluate
-import sedac_hf
+
+from sedac_hf.errors import EvaluationError
+from sedac_hf.evaluation import perplexity
+from sedac_hf.modeling import SedacForCausalLM
 
 _DESCRIPTION = """\
 Perplexity of a causal language model, weighted by tokens, under a named protocol (sliding, windows or document). For a
@@ -30,7 +33,7 @@ Returns:
 """
 
 
-class SedacPerplexity(evaluate.Metric):  # type: ignore[misc]
+class SedacPerplexity(evaluate.Metric):
     """See `_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -53,13 +56,13 @@ class SedacPerplexity(evaluate.Metric):  # type: ignore[misc]
     ) -> dict[str, Any]:
         if isinstance(model, str):
             tokenizer = model if tokenizer is None else tokenizer
-            model = sedac_hf.SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
+            model = SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
         if isinstance(tokenizer, str):
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if tokenizer is None:
-            raise sedac_hf.EvaluationError("a model in memory must come with its tokenizer: give tokenizer=")
-        result = sedac_hf.perplexity(model, tokenizer, list(predictions), progress=progress, **kwargs)
+            raise EvaluationError("a model in memory must come with its tokenizer: give tokenizer=")
+        result = perplexity(model, tokenizer, list(predictions), progress=progress, **kwargs)
         figures: dict[str, Any] = result.to_dict()
         return figures
