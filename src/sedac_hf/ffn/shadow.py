@@ -153,7 +153,8 @@ def _probed_unit_norms(site: FFNSite) -> Tensor:
     squares: Any = sum((rows.float() ** 2).sum(dim=0) for rows in _images(site.up, d))
     if site.kind == "fused":
         squares = squares[f:] if site.fused_gate_first else squares[:f]
-    return down * squares.sqrt()
+    norms: Tensor = down * squares.sqrt()
+    return norms
 
 
 def _images(linear: nn.Module, inputs: int) -> Any:

@@ -29,7 +29,8 @@ def gather_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     h = chosen_hidden(x, weights, chosen)
     spread = x.new_zeros(1, width).index_copy(1, chosen, h)
     if columns_are_contiguous(weights.down):
-        y = functional.embedding_bag(chosen[None, :], weights.down.T, mode="sum", per_sample_weights=h)
+        start = torch.zeros(1, dtype=torch.int64, device=x.device)
+        y = functional.embedding_bag(chosen, weights.down.T, start, mode="sum", per_sample_weights=h[0])
         y = y if weights.down_bias is None else y + weights.down_bias
         read_down = count
     else:
