@@ -113,8 +113,8 @@ def masked(x: Tensor, weights: FFNWeights, cut: SiteCut, dtype: torch.dtype = to
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    size = float(wanted.double().norm())
-    error = float((got.double() - wanted.double()).norm())
+    got, wanted = got.detach().double(), wanted.detach().double()
+    size, error = float(wanted.norm()), float((got - wanted).norm())
     return error / size if size > 0 else error
 
 
