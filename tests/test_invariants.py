@@ -132,7 +132,7 @@ def test_an_unusable_risk_runs_at_full_width_and_is_counted(model):
 
 
 def assert_same(model: SedacForCausalLM, ids: torch.Tensor, got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to rounding; under `select` a unit at its threshold may fall on either side, a sliver of the cut's effect."""
+    """Equal to rounding; under `select` a unit at its threshold may fall on either side: a sliver of the effect."""
     if model.config.cut == "select":
         with model.full_width():
             full = model(ids).logits

@@ -1,4 +1,4 @@
-"""`SedacForCausalLM`: ways of generating, saving and loading, Auto classes, pipelines, bad files (tiny random decoders)."""
+"""`SedacForCausalLM`: ways of generating, saving, loading, Auto classes, pipelines, bad files (tiny decoders)."""
 
 from __future__ import annotations
 
@@ -163,10 +163,11 @@ def test_pipeline_with_object_and_path(tmp_path):
     base, tokenizer = load_demo()
     model = SedacForCausalLM.from_base(base)
     model.install(random_policy(model.runtime, "truncate"))
-    expected = pipeline("text-generation", model=model, tokenizer=tokenizer)("def main(", max_new_tokens=4, do_sample=False)
+    options = {"max_new_tokens": 4, "do_sample": False, "consistent": True}
+    expected = pipeline("text-generation", model=model, tokenizer=tokenizer)("def main(", **options)
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    got = pipeline("text-generation", model=str(tmp_path / "saved"))("def main(", max_new_tokens=4, do_sample=False)
+    got = pipeline("text-generation", model=str(tmp_path / "saved"))("def main(", **options)
     assert got == expected
     model.save_pretrained(tmp_path / "adapter", adapter_only=True)
     assert json.loads((tmp_path / "adapter/config.json").read_text())["base_model_name_or_path"] == str(demo_path())

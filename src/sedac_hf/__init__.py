@@ -56,7 +56,7 @@ _HOMES = {
     "perplexity": "evaluation",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the names are the keys above, written once
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The files of a saved SEDAC model: ``config.json``, ``sedac.safetensors``, ``calibration_report.json``.
 
-A full save holds the base's own weight files beside them, an adapter names its base and revision instead. So base weights
-are always loaded by the base's class, whatever its format, quantization or device map.
+A full save holds the base's own weight files beside them, an adapter names its base and revision instead. So base
+weights are always loaded by the base's class, whatever its format, quantization or device map.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def read_report(path: str, **hub: Any) -> CalibrationReport | None:
 
 
 def _find(path: str, name: str, **hub: Any) -> str | None:
-    return cached_file(
+    found: str | None = cached_file(
         path,
         name,
         _raise_exceptions_for_missing_entries=False,
@@ -111,12 +111,13 @@ def _find(path: str, name: str, **hub: Any) -> str | None:
         _raise_exceptions_for_gated_repo=False,
         **hub,
     )
+    return found
 
 
 def save(model: SedacForCausalLM, directory: str | os.PathLike[str], *, adapter_only: bool, **kwargs: Any) -> None:
     """Write ``model`` to ``directory``, by way of a temporary folder beside it.
 
-    kwargs go to the base's ``save_pretrained`` (``max_shard_size``, ``variant``, ``state_dict`` with the wrapper's keys).
+    kwargs go to the base's ``save_pretrained`` (``max_shard_size``, ``variant``, a ``state_dict`` with our keys).
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -143,7 +144,7 @@ def _write(model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs:
         if state is not None:
             prefix = f"{model.base_model_prefix}."
             kwargs["state_dict"] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        with model.runtime.natural_order():
+        with model.runtime.weights.natural_order():
             model.model.save_pretrained(folder, **kwargs)
     policy = model.runtime.policy
     if policy is not None:
@@ -157,7 +158,7 @@ def _write(model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    """Rename the folder, or its files into an existing one; ``config.json`` last, leftovers of an older save removed."""
+    """Rename the folder, or its files into an existing one, ``config.json`` last; drop an older save's leftovers."""
     if not target.exists():
         shutil.copymode(target.parent, folder)
         os.replace(folder, target)

@@ -124,7 +124,7 @@ def _environment_number(name: str, text: str, *, low: float, high: float = math.
     return value
 
 
-class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
+class SedacConfig(PreTrainedConfig):
     """Configuration of a wrapped decoder.
 
     Args:
@@ -142,7 +142,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
             uncalibrated model skips nothing.
         risk_scale: x0 of the risk unit per checkpoint, the median KL in nats on the calibration text.
         prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
-        adaptive_thresholds: follow the traffic's risk quantiles at inference (makes outputs depend on earlier traffic).
+        adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".
         engine: "auto", "reference", "strips" or "gather".
         base_model_name_or_path, base_revision: where an adapter finds its base.
@@ -177,23 +177,25 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
         base_revision: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(text_config, Mapping):
-            if "model_type" not in text_config:
+        base_config: Any = text_config
+        if isinstance(base_config, Mapping):
+            if "model_type" not in base_config:
                 raise ConfigError("`text_config` must name the base decoder's `model_type`, got a dict without it")
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+            base_config = AutoConfig.for_model(**base_config)
+        self.text_config = base_config
         if schedule is not None and None in (layer_configs, confidence_decay, soft_exit, cut, objective, risk_scale):
             raise ConfigError(
                 "a calibrated configuration (one with a `schedule`) must hold `layer_configs`, `confidence_decay`, "
                 "`soft_exit`, `cut`, `objective` and `risk_scale`; one of them is missing: is the file cut short?"
             )
-        base = None if text_config is None else text_config.get_text_config(decoder=True)
+        base = None if base_config is None else base_config.get_text_config(decoder=True)
         if layer_configs is None:
-            layer_configs = () if base is None else default_layer_configs(
-                default_checkpoint_layers(int(base.num_hidden_layers))
+            layer_configs = (
+                () if base is None else default_layer_configs(default_checkpoint_layers(int(base.num_hidden_layers)))
             )
         self.layer_configs = [
-            dataclasses.asdict(item if isinstance(item, LayerConfig) else _layer_config(item)) for item in layer_configs
+            dataclasses.asdict(item if isinstance(item, LayerConfig) else _layer_config(item))
+            for item in layer_configs
         ]
         self.alpha = alpha
         decay = environment_decay() if confidence_decay is None else confidence_decay
@@ -212,10 +214,10 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
         self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather"))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
-        if text_config is not None:
-            # The attention implementation's setter recurses into sub-configs: an unset value here would reset the base.
-            kwargs.setdefault("attn_implementation", text_config._attn_implementation)
-            kwargs.setdefault("experts_implementation", getattr(text_config, "_experts_implementation", None))
+        if base_config is not None:
+            # The attention implementation's setter recurses into sub-configs: an unset value would reset the base's.
+            kwargs.setdefault("attn_implementation", base_config._attn_implementation)
+            kwargs.setdefault("experts_implementation", getattr(base_config, "_experts_implementation", None))
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "dtype"):
                 value = getattr(base, name, None)
                 if value is not None:
@@ -253,7 +255,10 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base decoder's own text config (caches and generation size themselves by it)."""
-        return self if self.text_config is None else self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+        if self.text_config is None:
+            return self
+        found: PreTrainedConfig = self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         # Tools size batches and caches by hidden_size, vocab_size, max_position_embeddings, ...: answer for the base.
@@ -266,7 +271,9 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 _OWN_ARGUMENTS = tuple(
-    name for name in inspect.signature(SedacConfig.__init__).parameters if name not in ("self", "text_config", "kwargs")
+    name
+    for name in inspect.signature(SedacConfig.__init__).parameters
+    if name not in ("self", "text_config", "kwargs")
 )
 _EXPOSED = (
     "vocab_size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,8 @@ from transformers.utils import logging
 from sedac_hf import adapter_files
 from sedac_hf.configuration import SedacConfig, default_layer_configs
 from sedac_hf.errors import ConfigError
-from sedac_hf.runtime import GenerationCall, SedacRuntime, current_generation
+from sedac_hf.mirroring import mirrored_members
+from sedac_hf.runtime import SedacRuntime, current_generation
 
 if TYPE_CHECKING:
     from sedac_hf.calibration import CalibrationReport
@@ -27,20 +27,17 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What `generate` asks of a model class beyond `forward`; a base's own version of any of these must be the one that runs.
-_DELEGATED = (
-    "prepare_inputs_for_generation",
-    "_prepare_cache_for_generation",
-    "_prepare_position_ids_for_generation",
-    "_update_model_kwargs_for_generation",
-    "_reorder_cache",
-    "_expand_inputs_for_generation",
-    "_get_initial_cache_position",
+_ADOPTED = (
+    "hf_device_map",
+    "is_quantized",
+    "quantization_method",
+    "hf_quantizer",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
 )
-_ADOPTED = ("hf_device_map", "is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
-class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM that spends FFN compute on a token in proportion to how hard the token is.
 
     The base decoder is ``self.model``; attention and KV cache are always complete. Uncalibrated, nothing is skipped.
@@ -59,13 +56,13 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __new__(
-        cls, config: SedacConfig | None = None, base_model: PreTrainedModel | None = None
-    ) -> SedacForCausalLM:
+    def __new__(cls, config: SedacConfig | None = None, base_model: PreTrainedModel | None = None) -> SedacForCausalLM:
         """An object of the class that mirrors the base's signatures (copying calls this without arguments)."""
         if cls is SedacForCausalLM and isinstance(config, SedacConfig):
-            cls = class_for(type(base_model) if base_model is not None else _base_class(config))
-        return super().__new__(cls)
+            base_class: Any = _base_class(config) if base_model is None else type(base_model)
+            cls = class_for(base_class)
+        made: SedacForCausalLM = super().__new__(cls)
+        return made
 
     def __init__(self, config: SedacConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -176,7 +173,12 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, adapter_only: bool = False, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        adapter_only: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Write the whole model, or what is SEDAC's alone, as safetensors and JSON.
 
@@ -266,7 +268,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         prompt = prompt or self.config.prompt or ("full" if self.config.cut == "select" else "cut")
         if prompt not in ("full", "cut"):
             raise ConfigError(f"`prompt` must be 'full' or 'cut', got {prompt!r}")
-        call = self.runtime.generation_call(*_batch_of(args, kwargs), consistent=consistent, full_prompt=prompt == "full")
+        call = self.runtime.generation_call(
+            *_batch_of(args, kwargs), consistent=consistent, full_prompt=prompt == "full"
+        )
         run = super().generate
         if type(self.model).generate is not GenerationMixin.generate:
             run = self.model.generate
@@ -302,19 +306,19 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- the base's own parts
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.set_output_embeddings(value)
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> Any:
         return self.model.get_decoder()
 
     def set_decoder(self, decoder: nn.Module) -> None:
@@ -336,38 +340,13 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 @functools.cache
-def class_for(base_class: type[PreTrainedModel]) -> type[SedacForCausalLM]:
+def class_for(base_class: Any) -> type[SedacForCausalLM]:
     """`SedacForCausalLM` with the forward and generation signatures of a base class."""
-
-    def mirrored(name: str) -> Any:
-        original = getattr(base_class, name)
-
-        @functools.wraps(original)
-        def method(self: SedacForCausalLM, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self.model, name)(*args, **kwargs)
-
-        method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        return method
-
-    def forward(self: SedacForCausalLM, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    forward.__doc__ = SedacForCausalLM.forward.__doc__
-    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    members: dict[str, Any] = {"forward": forward, "__module__": __name__, "__doc__": SedacForCausalLM.__doc__}
-    members |= {name: mirrored(name) for name in _DELEGATED if hasattr(base_class, name) and not _static(base_class, name)}
-    for name in ("_supports_default_dynamic_cache", "_is_stateful", "_no_split_modules"):
-        if hasattr(base_class, name):
-            members[name] = getattr(base_class, name)
-    made = type("SedacForCausalLM", (SedacForCausalLM,), members)
-    return made
+    members = {"__module__": __name__, "__doc__": SedacForCausalLM.__doc__, **mirrored_members(base_class)}
+    return type("SedacForCausalLM", (SedacForCausalLM,), members)
 
 
-def _static(base_class: type, name: str) -> bool:
-    return isinstance(inspect.getattr_static(base_class, name), staticmethod | classmethod)
-
-
-def _base_class(config: SedacConfig) -> type[PreTrainedModel]:
+def _base_class(config: SedacConfig) -> Any:
     if config.text_config is None:
         raise ConfigError("`text_config` must hold the base decoder's configuration, got None")
     found = AutoModelForCausalLM._model_mapping[type(config.text_config)]

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import sedac_hf
-from sedac_hf.cli import bench, env, eval, info
+from sedac_hf.cli import bench, calibrate, env, eval, generate, info
 from sedac_hf.cli.recipes import RecipeError
 from sedac_hf.errors import SedacError
 
@@ -30,6 +30,8 @@ app = typer.Typer(
 
 # Every command of the program: the name, and a function or a typer.Typer with sub-commands.
 COMMANDS = (
+    ("calibrate", calibrate.command),
+    ("generate", generate.command),
     ("eval", eval.app),
     ("bench", bench.command),
     ("info", info.command),

@@ -6,6 +6,8 @@ up to the rounding of a sum; storages stay where they are, and the inverse resto
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -61,5 +63,5 @@ def can_reorder(site: FFNSite) -> bool:
 
 
 @torch.no_grad()
-def _permute(weight: Tensor, order: Tensor, dim: int) -> None:
+def _permute(weight: Any, order: Tensor, dim: int) -> None:
     weight.copy_(weight.index_select(dim, order.to(weight.device)))

@@ -1,8 +1,8 @@
 """What stands in, per level, for the units that a cut leaves out: a mean (bias), and a low-rank correction.
 
 For a token at level l with used units h_l: ``y += bias[l] + U_l (V_l h_l)``. The bias is the mean of what the left-out
-units would have added (FLAP, arXiv 2312.11983); ``U_l V_l`` is a low-rank piece of the change that a least-squares refit
-of down on the kept units would make. The whole FFN is never compensated.
+units would have added (FLAP, arXiv 2312.11983); ``U_l V_l`` is a low-rank piece of the change that a least-squares
+refit of down on the kept units would make. The whole FFN is never compensated.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class LevelCompensation:
         n_levels: number of levels; level n_levels has no compensation.
     """
 
-    def __init__(
-        self, bias: Tensor | None, low_rank: Mapping[int, tuple[Tensor, Tensor]], n_levels: int
-    ) -> None:
+    def __init__(self, bias: Tensor | None, low_rank: Mapping[int, tuple[Tensor, Tensor]], n_levels: int) -> None:
         if bias is not None and (bias.dim() != 2 or bias.shape[0] != n_levels + 1):
             raise ConfigError(f"`bias` must be [{n_levels + 1}, hidden size], got {tuple(bias.shape)}")
         if bias is not None and bool(bias[n_levels].any()):
             raise ConfigError("the whole FFN must not be compensated: the last row of `bias` must be zero")
         for level, (u, v) in low_rank.items():
             if not 0 < level < n_levels or u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0]:
-                raise ConfigError(f"the low-rank pair of level {level} does not fit: {tuple(u.shape)}, {tuple(v.shape)}")
+                raise ConfigError(
+                    f"the low-rank pair of level {level} does not fit: {tuple(u.shape)}, {tuple(v.shape)}"
+                )
         self.n_levels = n_levels
         self._bias = bias
         self._low_rank = dict(low_rank)

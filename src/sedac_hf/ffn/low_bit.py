@@ -22,7 +22,7 @@ from sedac_hf.errors import ConfigError
 
 GROUP = 64
 _CLIPS = (1.0, 0.85, 0.7, 0.55)
-_CHUNK = 1 << 20  # weights that are quantised or expanded to float32 at a time
+_CHUNK = 1 << 19  # weights that are quantised or expanded to float32 at a time
 
 
 class Int8Rows(NamedTuple):
@@ -81,7 +81,8 @@ class LowBitMatrix:
         rows, groups = scales.shape
         if self.bits == 4:
             halves = codes.view(rows, groups, GROUP // 2)
-            values = torch.cat((halves & 15, halves >> 4), dim=-1).float().sub_(8)
+            # The offset goes while a code is a byte: an eighth of the memory traffic of subtracting it later.
+            values = torch.cat((halves & 15, halves >> 4), dim=-1).view(torch.int8).sub_(8).float()
         else:
             values = codes.view(rows, groups, GROUP).float()
         return values.mul_(scales[..., None]).view(rows, -1)[:, : self.columns]

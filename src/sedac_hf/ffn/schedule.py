@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class WidthSchedule:
                 raise ConfigError(f"FFN {i} needs {self.n_levels + 1} operating points, one per level, got {len(row)}")
             if row[0].width != 0 or row[-1].importance_min != 0:
                 raise ConfigError(f"FFN {i}: level 0 must have width 0 and the top level no threshold, got {row}")
-            for low, high in zip(row[1:], row[2:], strict=False):
+            for low, high in pairwise(row[1:]):
                 if low.width > high.width or low.importance_min < high.importance_min:
                     raise ConfigError(f"FFN {i}: a higher level must not use less, got {low} below {high}")
             if any(not math.isfinite(point.importance_min) or point.importance_min < 0 for point in row):

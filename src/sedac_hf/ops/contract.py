@@ -73,6 +73,19 @@ class LevelPlan:
     order: np.ndarray
     at_least: np.ndarray
 
+    @classmethod
+    def of(cls, levels: np.ndarray, n_levels: int) -> LevelPlan:
+        """Sort uint8 levels [n] here, where no controller is at hand to do it."""
+        counts = np.bincount(levels, minlength=n_levels + 1)
+        order = np.argsort(-levels.astype(np.int64), kind="stable")
+        return cls(levels, order, np.cumsum(counts[::-1])[::-1].astype(np.int64))
+
+    @classmethod
+    def same(cls, n_tokens: int, level: int, n_levels: int) -> LevelPlan:
+        """One level for all tokens."""
+        at_least = np.where(np.arange(n_levels + 1) <= level, n_tokens, 0).astype(np.int64)
+        return cls(np.full(n_tokens, level, np.uint8), np.arange(n_tokens, dtype=np.int64), at_least)
+
     @property
     def n_tokens(self) -> int:
         return int(self.levels.shape[0])
@@ -105,6 +118,9 @@ class Compensation(Protocol):
 
     def bias(self, like: Tensor) -> Tensor | None:
         """[n_levels + 1, d] on ``like``'s device and dtype, added to the output by level; None: nothing to add."""
+
+    def parameters(self, level: int) -> int:
+        """How many parameters a token at this level uses, for counting cost."""
 
     def low_rank(self, level: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(U [d, r], V [r, width]) of a level: the output gains ``U @ (V @ h)``, h being the units used; or None."""

@@ -44,8 +44,8 @@ class Attachment:
     def replace_forwards(self, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> None:
         """Replace the forward of single modules.
 
-        A module that accelerate has hooked runs its class's forward as ``_old_forward``, with its weights brought to
-        the device around it: there the replacement goes in that place, so that offloaded weights are real when it runs.
+        A module that accelerate has hooked runs its class's forward as ``_old_forward``, with its weights brought
+        to the device around it: there the replacement goes, so that offloaded weights are real when it runs.
         """
         for module, forward in replacements:
             name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"

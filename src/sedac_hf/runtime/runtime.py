@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,24 @@ from sedac_hf.configuration import default_checkpoint_layers
 from sedac_hf.control import make_controller
 from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
-from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.coupled import forward_replacements
 from sedac_hf.ffn.policy import Policy
-from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
 from sedac_hf.probes import ProbeBank
-from sedac_hf.runtime.forward_pass import ForwardPass, GenerationCall, call_shape, current_generation, current_pass, prompt_mask
+from sedac_hf.runtime.forward_pass import (
+    ForwardPass,
+    GenerationCall,
+    call_shape,
+    current_generation,
+    current_pass,
+    prompt_mask,
+)
 from sedac_hf.runtime.hooks import Attachment
+from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, hidden_of, observing
 from sedac_hf.runtime.planner import GenerationPlanner
-from sedac_hf.runtime.stats import SedacStats, SiteCost, Tally
+from sedac_hf.runtime.stats import SedacStats, Tally
+from sedac_hf.runtime.weights import PreparedWeights
 
 
 class SedacRuntime:
@@ -81,13 +88,13 @@ class SedacRuntime:
         self.probes: ProbeBank | None = None
         self._controller_choice = controller
         self._controller: Controller | None = None
-        self._shadows: list[Shadow | None] = [None] * len(self.sites)
+        self.weights = PreparedWeights(self.sites)
         self._attachment: Attachment | None = None
-        self._ordered = False
         self._full_width = 0
         self._forced: _Forced | None = None
+        self.on_decision: OnDecision | None = None
         self.planner = GenerationPlanner(self)
-        self.tally = Tally(self._costs(), self.checkpoint_layers)
+        self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
 
     # ---------------------------------------------------------------- policy
 
@@ -121,57 +128,25 @@ class SedacRuntime:
                 soft_exit=policy.soft_exit,
                 n_levels=policy.n_levels,
             )
-            self._apply_order()
+            self.weights.reorder(policy.channel_order)
             if policy.cut == "select":
                 self.build_shadows()
             self.attach()
         except BaseException:
             self.uninstall()
             raise
-        self.tally = Tally(self._costs(), self.checkpoint_layers)
+        self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
 
     def uninstall(self) -> None:
         """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""
         self.detach()
-        self._undo_order()
-        self._shadows = [None] * len(self.sites)
+        self.weights.restore()
         self.policy = self.probes = self._controller = None
 
     def build_shadows(self) -> None:
         """Make the shadows of all FFNs, from the weights as they are now."""
-        self._shadows = [Shadow.build(site) for site in self.sites]
-        self.tally = Tally(self._costs(), self.checkpoint_layers)
-
-    def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
-        """What decides which units a token uses in this FFN; None where nothing is selected."""
-        shadow = self._shadows[site]
-        return None if shadow is None else shadow.importance
-
-    def _apply_order(self) -> None:
-        orders = None if self.policy is None else self.policy.channel_order
-        if orders is None or self._ordered:
-            return
-        done = []
-        try:
-            for site, order in zip(self.sites, orders, strict=True):
-                if order is not None:
-                    apply_order(site, order)
-                    done.append((site, order))
-        except BaseException:
-            for site, order in reversed(done):
-                undo_order(site, order)
-            raise
-        self._ordered = True
-
-    def _undo_order(self) -> None:
-        if self._ordered and self.policy is not None and self.policy.channel_order is not None:
-            for site, order in zip(self.sites, self.policy.channel_order, strict=True):
-                if order is not None:
-                    undo_order(site, order)
-        self._ordered = False
-
-    def _costs(self) -> tuple[SiteCost, ...]:
-        return tuple(site_cost(site, shadow) for site, shadow in zip(self.sites, self._shadows, strict=True))
+        self.weights.build_shadows()
+        self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
 
     # ---------------------------------------------------------------- attach
 
@@ -203,22 +178,11 @@ class SedacRuntime:
         was_attached = self.attached
         self.detach()
         try:
-            with self.natural_order():
+            with self.weights.natural_order():
                 yield
         finally:
             if was_attached:
                 self.attach()
-
-    @contextmanager
-    def natural_order(self) -> Iterator[None]:
-        """The base's weights in the order they came in, for saving. Not for concurrent use."""
-        was_ordered = self._ordered
-        self._undo_order()
-        try:
-            yield
-        finally:
-            if was_ordered:
-                self._apply_order()
 
     @contextmanager
     def full_width(self) -> Iterator[None]:
@@ -239,7 +203,8 @@ class SedacRuntime:
         if len(points) != len(self.sites):
             raise ConfigError(f"one operating point per FFN is needed: {len(self.sites)}, got {len(points)}")
         # Level 1 of a two-level plan stands for the point; compensation tables are indexed the same way.
-        self._check_shadows(points)
+        if any(point is not None and point.importance_min > 0 for point in points) and not self.weights.has_shadows:
+            self.build_shadows()
         with self._force(_Forced(points=tuple(points), compensation=compensation)):
             yield
 
@@ -261,40 +226,15 @@ class SedacRuntime:
             if bare:
                 self.detach()
 
-    def _check_shadows(self, points: Sequence[OperatingPoint | None]) -> None:
-        if any(point is not None and point.importance_min > 0 for point in points) and self._shadows[0] is None:
-            self.build_shadows()
-
-    @contextmanager
     def observe(
         self,
         *,
-        on_checkpoint: Callable[[int, Tensor], None] | None = None,
-        on_ffn: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Iterator[None]:
-        """Show what flows by: ``on_checkpoint(checkpoint_idx, hidden [n, d])`` and ``on_ffn(site, x [n, d], h [n, f])``.
-
-        x is the FFN's input, h what its down projection would be given at full width, in the current channel order.
-        """
-        attachment = Attachment()
-        try:
-            if on_checkpoint is not None:
-                for idx, layer in enumerate(self.checkpoint_layers):
-                    attachment.after_forward(
-                        self.decoder_layers[layer], functools.partial(_show_checkpoint, on_checkpoint, idx)
-                    )
-            if on_ffn is not None:
-                for i, site in enumerate(self.sites):
-                    if site.plain_forward:
-                        attachment.before_forward(site.owner, functools.partial(_show_plain, on_ffn, i, site))
-                    else:
-                        seen: list[Tensor] = []
-                        first = site.up if site.gate is None else site.gate
-                        attachment.before_forward(first, functools.partial(_keep_input, seen))
-                        attachment.before_forward(site.down, functools.partial(_show_pair, on_ffn, i, seen))
-            yield
-        finally:
-            attachment.detach()
+        on_checkpoint: OnCheckpoint | None = None,
+        on_ffn: OnFFN | None = None,
+        on_decision: OnDecision | None = None,
+    ) -> AbstractContextManager[None]:
+        """Show what flows by during a ``with`` block; see `sedac_hf.runtime.observation`."""
+        return observing(self, on_checkpoint, on_ffn, on_decision)
 
     # ---------------------------------------------------------------- one forward pass
 
@@ -337,7 +277,7 @@ class SedacRuntime:
         state = current_pass.get()
         if state is None or state.runtime is not self or state.whole or self._forced is not None:
             return
-        hidden = _hidden_of(output)
+        hidden = hidden_of(output)
         if hidden is None or hidden.shape[-1] != self.hidden_size or hidden[..., 0].numel() != state.n_tokens:
             state.whole = True  # a layer output that cannot be read: full width for the rest of the pass
             self.tally.fail_safe(state.n_tokens)
@@ -359,6 +299,8 @@ class SedacRuntime:
         self.tally.probe(self.probes.parameters_per_token, state.n_tokens)
         if state.prompt is not None:
             levels = np.where(state.prompt, np.uint8(controller.n_levels), levels).astype(np.uint8)
+        if self.on_decision is not None:
+            self.on_decision(idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels)
         state.plan = LevelPlan(levels, *controller.plan(levels))
 
     def _site_cut(self, i: int) -> SiteCut | None:
@@ -376,7 +318,7 @@ class SedacRuntime:
         used = [points[level] for level in np.unique(plan.levels)]
         if all(point == whole for point in used):
             return None
-        shadow = self._shadows[i] if any(point.importance_min > 0 for point in used) else None
+        shadow = self.weights.shadows[i] if any(point.importance_min > 0 for point in used) else None
         cut = SiteCut(
             points=points,
             plan=plan,
@@ -397,7 +339,7 @@ class SedacRuntime:
         if forced is not None and forced.points is not None:
             point = forced.points[i]
             compensation = None if forced.compensation is None else forced.compensation[i]
-            plan = None if point is None else _uniform_plan(state.n_tokens, 1, 2)
+            plan = None if point is None else LevelPlan.same(state.n_tokens, 1, 2)
             return plan, (OperatingPoint(0), point or whole, whole), compensation
         policy = self.policy
         if policy is None:
@@ -407,14 +349,14 @@ class SedacRuntime:
         n_levels = policy.n_levels
         if self.segments[i] < 0:  # before the first checkpoint: one fixed point, at every level but the full one
             if state.prompt is None:
-                return _uniform_plan(state.n_tokens, 1, n_levels), points, compensation
+                return LevelPlan.same(state.n_tokens, 1, n_levels), points, compensation
             levels = np.where(state.prompt, n_levels, 1).astype(np.uint8)
-            return _plan_of(levels, n_levels), points, compensation
+            return LevelPlan.of(levels, n_levels), points, compensation
         if forced is not None:
             if isinstance(forced.levels, np.ndarray):
-                return _plan_of(forced.levels, n_levels), points, compensation
+                return LevelPlan.of(forced.levels, n_levels), points, compensation
             assert forced.levels is not None
-            return _uniform_plan(state.n_tokens, forced.levels, n_levels), points, compensation
+            return LevelPlan.same(state.n_tokens, forced.levels, n_levels), points, compensation
         return state.plan, points, compensation
 
     def _record(
@@ -473,59 +415,3 @@ class _Forced:
         self.points = points
         self.levels = levels
         self.compensation = compensation
-
-
-def site_cost(site: Any, shadow: Shadow | None) -> SiteCost:
-    """Parameters of one unit: a row of each up-side matrix with its bias, a column of down."""
-    matrices = 2 if site.kind == "plain" else 3
-    weight = site.down.weight
-    return SiteCost(
-        units=site.intermediate_size,
-        unit_parameters=matrices * site.hidden_size,
-        element_bytes=weight.element_size(),
-        shadow_bytes=0 if shadow is None else shadow.bytes,
-        shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
-    )
-
-
-def _plan_of(levels: np.ndarray, n_levels: int) -> LevelPlan:
-    counts = np.bincount(levels, minlength=n_levels + 1)
-    order = np.argsort(-levels.astype(np.int64), kind="stable")
-    return LevelPlan(levels, order, np.cumsum(counts[::-1])[::-1].astype(np.int64))
-
-
-def _uniform_plan(n_tokens: int, level: int, n_levels: int) -> LevelPlan:
-    at_least = np.where(np.arange(n_levels + 1) <= level, n_tokens, 0).astype(np.int64)
-    return LevelPlan(np.full(n_tokens, level, np.uint8), np.arange(n_tokens, dtype=np.int64), at_least)
-
-
-def _hidden_of(output: Any) -> Tensor | None:
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) and output.dim() >= 2 else None
-
-
-def _show_checkpoint(
-    show: Callable[[int, Tensor], None], idx: int, module: nn.Module, args: tuple[Any, ...], output: Any
-) -> None:
-    hidden = _hidden_of(output)
-    if hidden is not None:
-        show(idx, hidden.detach().reshape(-1, hidden.shape[-1]))
-
-
-def _show_plain(
-    show: Callable[[int, Tensor, Tensor], None], i: int, site: Any, module: nn.Module, args: tuple[Any, ...]
-) -> None:
-    x = args[0].detach().reshape(-1, args[0].shape[-1])
-    show(i, x, site.weights().hidden(x))
-
-
-def _keep_input(seen: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    seen[:] = [args[0].detach().reshape(-1, args[0].shape[-1])]
-
-
-def _show_pair(
-    show: Callable[[int, Tensor, Tensor], None], i: int, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...]
-) -> None:
-    if seen:
-        show(i, seen.pop(), args[0].detach().reshape(-1, args[0].shape[-1]))

@@ -103,6 +103,12 @@ class Tally:
         self._lock = threading.Lock()
         self.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def reset(self) -> None:
         """Start again from zero."""
         with self._lock:
@@ -167,7 +173,9 @@ class Tally:
             self._engines[engine] += 1
             totals.dense_needed += cost.parameters * tokens
             totals.dense_bytes += cost.element_bytes * cost.parameters
-            totals.spent_bytes += cost.element_bytes * (cost.unit_parameters * read + min(extra_parameters, cost.parameters))
+            totals.spent_bytes += cost.element_bytes * (
+                cost.unit_parameters * read + min(extra_parameters, cost.parameters)
+            )
             totals.spent_multiply_adds += cost.unit_parameters * computed + extra_parameters
             totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * extra_parameters
             totals.extra_multiply_adds += extra_parameters

@@ -1,0 +1,91 @@
+"""Show what flows by inside a model, for calibration, tests and pictures; nothing is changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.runtime.hooks import Attachment
+
+if TYPE_CHECKING:
+    from sedac_hf.runtime.runtime import SedacRuntime
+
+OnCheckpoint = Callable[[int, Tensor], None]
+"""Called with (checkpoint_idx, hidden [n, d])."""
+OnFFN = Callable[[int, Tensor, Tensor], None]
+"""Called with (site, x [n, d], h [n, f]): an FFN's input, and what its down projection would be given at full width,
+in the current channel order."""
+OnDecision = Callable[[int, np.ndarray, np.ndarray], None]
+"""Called with (checkpoint_idx, ratio float32 [n], levels uint8 [n]); prompt tokens at full width have ratio 0."""
+
+
+@contextmanager
+def observing(
+    runtime: SedacRuntime,
+    on_checkpoint: OnCheckpoint | None,
+    on_ffn: OnFFN | None,
+    on_decision: OnDecision | None,
+) -> Iterator[None]:
+    """Call these during the forwards of a ``with`` block."""
+    attachment = Attachment()
+    before, runtime.on_decision = runtime.on_decision, on_decision or runtime.on_decision
+    try:
+        if on_checkpoint is not None:
+            for idx, layer in enumerate(runtime.checkpoint_layers):
+                attachment.after_forward(
+                    runtime.decoder_layers[layer], functools.partial(_show_checkpoint, on_checkpoint, idx)
+                )
+        if on_ffn is not None:
+            for i, site in enumerate(runtime.sites):
+                _watch(attachment, on_ffn, i, site)
+        yield
+    finally:
+        attachment.detach()
+        runtime.on_decision = before
+
+
+def hidden_of(output: Any) -> Tensor | None:
+    """The hidden state in a decoder layer's output; None where it cannot be told."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.dim() >= 2 else None
+
+
+def _watch(attachment: Attachment, show: OnFFN, i: int, site: FFNSite) -> None:
+    if site.plain_forward:
+        attachment.before_forward(site.owner, functools.partial(_show_plain, show, i, site))
+        return
+    seen: list[Tensor] = []
+    first = site.up if site.gate is None else site.gate
+    attachment.before_forward(first, functools.partial(_keep_input, seen))
+    attachment.before_forward(site.down, functools.partial(_show_pair, show, i, seen))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1])
+
+
+def _show_checkpoint(show: OnCheckpoint, idx: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    hidden = hidden_of(output)
+    if hidden is not None:
+        show(idx, _rows(hidden))
+
+
+def _show_plain(show: OnFFN, i: int, site: FFNSite, module: nn.Module, args: tuple[Any, ...]) -> None:
+    x = _rows(args[0])
+    show(i, x, site.weights().hidden(x))
+
+
+def _keep_input(seen: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    seen[:] = [_rows(args[0])]
+
+
+def _show_pair(show: OnFFN, i: int, seen: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    if seen:
+        show(i, seen.pop(), _rows(args[0]))
