@@ -44,7 +44,7 @@ def check_settings(
                 f"`layer_configs[{place}].confidence_weight` must be at most {WEIGHT_CEILING:g}, "
                 f"got {config.confidence_weight!r}"
             )
-        if abs(config.target_exit_rate) > float(np.finfo(np.float32).max):
+        if not math.isfinite(_as_float32(config.target_exit_rate)):
             raise ConfigError(
                 f"`layer_configs[{place}].target_exit_rate` must be finite in float32, got {config.target_exit_rate!r}"
             )
@@ -59,9 +59,13 @@ def check_settings(
 
 def check_threshold(name: str, value: float) -> None:
     """Raise ConfigError unless ``value`` may be a threshold."""
-    in_float32 = float(np.float32(min(value, 1e39))) if not math.isnan(value) else math.nan
-    if not np.float32(THRESHOLD_FLOOR) <= in_float32 < math.inf:
+    if not np.float32(THRESHOLD_FLOOR) <= _as_float32(value) < math.inf:
         raise ConfigError(f"`{name}` must be finite in float32 and at least {THRESHOLD_FLOOR:g}, got {value!r}")
+
+
+def _as_float32(value: float) -> np.float32:
+    with np.errstate(over="ignore"):  # infinite, and refused as such
+        return np.float32(value)
 
 
 def checkpoint_at(layer_configs: Sequence[LayerConfig], layer_idx: int) -> int:
