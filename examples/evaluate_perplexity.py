@@ -5,26 +5,27 @@ python examples/evaluate_perplexity.py
 
 from __future__ import annotations
 
-from sedac_hf import SedacForCausalLM, load_demo, perplexity
-from sedac_hf.evaluation import stdlib_documents
+from sedac_hf import SedacForCausalLM, load_demo
+from sedac_hf.evaluation import compare, stdlib_documents
 
 
 def main() -> None:
     decoder, tokenizer = load_demo()
     model = SedacForCausalLM.from_base(decoder)
     texts = [document.text for document in stdlib_documents("heldout")]
-    calibration, evaluation = texts[0:32:2], texts[1:8:2]
+    seen, unseen = texts[:24], texts[24:]
 
     for objective in ("latency", "throughput"):
-        model.calibrate(tokenizer, calibration, max_ppl_increase=0.02, objective=objective, progress=False)
-        model.reset_stats()
-        result = perplexity(model, tokenizer, evaluation, context=256)
-        assert result.dense is not None
-        rise = result.perplexity / result.dense.perplexity - 1
+        model.calibrate(tokenizer, seen, max_ppl_increase=0.02, objective=objective, progress=False)
+        result = compare(model, tokenizer, unseen, context=256, max_tokens=4096, progress=False)
+        dense, cut = result.dense, result.cut
+        assert result.interval is not None
+        assert result.stats is not None
+        print(f"{objective}: {cut.protocol} windows, context {cut.context}, {cut.tokens} tokens scored, {cut.dtype}")
         print(
-            f"{objective}: perplexity {result.perplexity:.3f}, dense {result.dense.perplexity:.3f} ({rise:+.2%}), "
-            f"{result.protocol}, context {result.context}, {result.tokens} tokens scored, {result.dtype}; "
-            f"needed {model.stats().needed_bytes_share:.1%} of the FFN bytes"
+            f"  perplexity {dense.perplexity:.3f} dense, {cut.perplexity:.3f} cut: {result.relative_increase:+.2%}, "
+            f"interval over {result.unit} {result.interval[0]:+.2%} to {result.interval[1]:+.2%}; "
+            f"needed {result.stats['needed_bytes_share']:.1%} of the FFN bytes"
         )
 
 

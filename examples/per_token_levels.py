@@ -36,7 +36,7 @@ def levels_of(model: SedacForCausalLM, ids: torch.Tensor) -> np.ndarray:
 def main() -> None:
     decoder, tokenizer = load_demo()
     model = SedacForCausalLM.from_base(decoder)
-    texts = [document.text for document in stdlib_documents("heldout")[:16]]
+    texts = [document.text for document in stdlib_documents("heldout")[:24]]
     model.calibrate(tokenizer, texts, share=0.5, progress=False)
 
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]

@@ -47,4 +47,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         main(sys.argv[1], [document.text for document in read_documents(sys.argv[2])])
     else:
-        main(str(demo_path()), [document.text for document in stdlib_documents("heldout")[:16]])
+        main(str(demo_path()), [document.text for document in stdlib_documents("heldout")[:24]])
