@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -84,15 +85,13 @@ def make_batch(windows: Sequence[Window], device: torch.device | str = "cpu", pa
 
 
 def batches(windows: Iterable[Window], batch_size: int) -> Iterator[tuple[Window, ...]]:
-    """Groups of at most `batch_size` consecutive windows."""
-    group: list[Window] = []
-    for window in windows:
-        group.append(window)
-        if len(group) == batch_size:
-            yield tuple(group)
-            group = []
-    if group:
-        yield tuple(group)
+    """Groups of at most `batch_size` windows of one length, the longest first.
+
+    Nothing is padded: padding would cost compute, and a SEDAC model's stats would count tokens that are none.
+    """
+    for _, same in groupby(sorted(windows, key=len, reverse=True), key=len):  # stable
+        while group := tuple(islice(same, batch_size)):
+            yield group
 
 
 def default_batch_size(model: nn.Module, context: int) -> int:
@@ -215,7 +214,8 @@ def score(
     summation are those of one process, so that the figure is the same.
 
     Args:
-        on_batch: called with each batch of this process and its nll float32 [n] (order of `batch.targets`).
+        on_batch: called with each batch of this process and its nll float32 [n] (order of `batch.targets`); the longest
+            windows come first.
 
     Raises:
         EvaluationError: logits that are not finite (in any process), a tokenizer that does not fit the model.
