@@ -36,19 +36,9 @@ def run(*command: str) -> dict[str, Any]:
 
 def test_accelerate_launch_gives_the_figure_of_one_process() -> None:
     one = run(sys.executable, *PPL)
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    two = run(sys.executable, *launch, *port, *PPL)
+    machine = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(free_port())]
+    launch = ["-m", "accelerate.commands.launch", *machine, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    two = run(sys.executable, *launch, *PPL)
     assert one["cut"]["tokens"] == two["cut"]["tokens"] == 3000
     for name in ("dense", "cut"):
         assert abs(two[name]["mean_nll"] / one[name]["mean_nll"] - 1) < 1e-9

@@ -214,8 +214,8 @@ def score(
     summation are those of one process, so that the figure is the same.
 
     Args:
-        on_batch: called with each batch of this process and its nll float32 [n] (order of `batch.targets`); the longest
-            windows come first.
+        on_batch: called with each batch of this process and its nll float32 [n] (order of `batch.targets`); the
+            longest windows come first.
 
     Raises:
         EvaluationError: logits that are not finite (in any process), a tokenizer that does not fit the model.
