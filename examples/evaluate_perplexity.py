@@ -16,7 +16,8 @@ def main() -> None:
     seen, unseen = texts[:24], texts[24:]
 
     for objective in ("latency", "throughput"):
-        model.calibrate(tokenizer, seen, max_ppl_increase=0.02, objective=objective, progress=False)
+        settings = {"max_ppl_increase": 0.02, "objective": objective, "context": 256, "progress": False}
+        model.calibrate(tokenizer, seen, **settings)
         result = compare(model, tokenizer, unseen, context=256, max_tokens=4096, progress=False)
         dense, cut = result.dense, result.cut
         assert result.interval is not None

@@ -25,19 +25,17 @@ TEXT = '''def count_words(path):
 @torch.no_grad()
 def levels_of(model: SedacForCausalLM, ids: torch.Tensor) -> np.ndarray:
     """Keep levels, uint8 [n_checkpoints, n_tokens], of one sequence [1, n_tokens]."""
-    hidden: dict[int, torch.Tensor] = {}
-    runtime = model.runtime
-    with runtime.observe(on_checkpoint=lambda idx, state: hidden.update({idx: state})):
+    seen: list[np.ndarray] = []
+    with model.runtime.observe(on_decision=lambda idx, ratio, levels: seen.append(levels.copy())):
         model(input_ids=ids)
-    risk = [runtime.probes.risk(layer, hidden[idx]) for idx, layer in enumerate(runtime.checkpoint_layers)]
-    return runtime.controller.evaluate_batch(torch.stack(risk).float().numpy()).levels
+    return np.stack(seen)
 
 
 def main() -> None:
     decoder, tokenizer = load_demo()
     model = SedacForCausalLM.from_base(decoder)
     texts = [document.text for document in stdlib_documents("heldout")[:24]]
-    model.calibrate(tokenizer, texts, share=0.5, progress=False)
+    model.calibrate(tokenizer, texts, share=0.5, context=256, progress=False)
 
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     levels = levels_of(model, ids)

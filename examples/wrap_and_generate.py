@@ -20,7 +20,7 @@ PROMPT = "def read_lines(path):\n"
 def main(decoder: str, texts: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     model = SedacForCausalLM.from_pretrained(decoder, device_map="auto")
-    report = model.calibrate(tokenizer, texts, max_ppl_increase=0.02, progress=False)
+    report = model.calibrate(tokenizer, texts, max_ppl_increase=0.02, context=256, progress=False)
     print(report)
 
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
