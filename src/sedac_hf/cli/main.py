@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import sedac_hf
-from sedac_hf.cli import bench, calibrate, env, eval, generate, info
+from sedac_hf.cli import bench, calibrate, demo, env, eval, generate, info
 from sedac_hf.cli.recipes import RecipeError
 from sedac_hf.errors import SedacError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 # Every command of the program: the name, and a function or a typer.Typer with sub-commands.
 COMMANDS = (
+    ("demo", demo.command),
     ("calibrate", calibrate.command),
     ("generate", generate.command),
     ("eval", eval.app),

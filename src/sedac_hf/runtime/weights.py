@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
-from sedac_hf.ffn.shadow import Shadow
+from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.runtime.stats import SiteCost
 
@@ -19,7 +20,7 @@ class PreparedWeights:
 
     def __init__(self, sites: Sequence[FFNSite]) -> None:
         self.sites = tuple(sites)
-        self.shadows: list[Shadow | None] = [None] * len(self.sites)
+        self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
 
     @property
@@ -64,8 +65,11 @@ class PreparedWeights:
             self.reorder(orders)
 
     def build_shadows(self) -> None:
-        """Make the shadows of all FFNs, from the weights as they are now."""
-        self.shadows = [Shadow.build(site) for site in self.sites]
+        """Make the shadows of all FFNs, from the weights as they are now.
+
+        Weights that cannot be read here (4-bit, offloaded, wrapped) get no copy: their exact gate decides.
+        """
+        self.shadows = [_deciding(site) for site in self.sites]
 
     def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
         """What decides which units a token uses in this FFN; None where there is no shadow."""
@@ -77,7 +81,14 @@ class PreparedWeights:
         return tuple(_cost(site, shadow) for site, shadow in zip(self.sites, self.shadows, strict=True))
 
 
-def _cost(site: FFNSite, shadow: Shadow | None) -> SiteCost:
+def _deciding(site: FFNSite) -> Shadow | ExactGate:
+    try:
+        return Shadow.build(site)
+    except UnsupportedModelError:
+        return ExactGate(site)
+
+
+def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
     matrices = 2 if site.kind == "plain" else 3
     weight: Any = site.down.weight
     return SiteCost(
