@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,26 +15,13 @@ from sedac_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from sedac_hf.evaluation import DocumentScores, WindowSet
+    from sedac_hf.evaluation.quality import QualityRow
     from sedac_hf.modeling import SedacForCausalLM
 
 CONTEXT = 256  # what the embedded decoder was trained at
 BASELINE_LEVELS = (6, 4)
 HARD_EXIT_SCALES = (0.5, 1.0)
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. increase: of perplexity over dense; low, high: its 95% bootstrap interval."""
-
-    name: str
-    kind: str
-    perplexity: float
-    increase: float
-    low: float
-    high: float
-    bytes_not_needed: float
-    multiply_adds_not_needed: float
 
 
 def command(
@@ -52,17 +38,18 @@ def command(
     from sedac_hf.assets import load_demo
     from sedac_hf.cli.demo_text import calibration_documents, evaluation_documents
     from sedac_hf.evaluation import score
+    from sedac_hf.evaluation.quality import dense_row, measure, spread_windows
     from sedac_hf.modeling import SedacForCausalLM
 
     started = time.monotonic()
     wanted = parse_budgets(budgets)
     base, tokenizer = load_demo()
     model = SedacForCausalLM.from_base(base)
-    windows = spread_windows(evaluation_documents(), tokenizer, tokens)
+    windows = spread_windows(evaluation_documents(), tokenizer, context=CONTEXT, tokens=tokens)
     say = (lambda _: None) if json_output else typer.echo
     say(f"dense perplexity on {windows.n_tokens} held-out tokens ({windows.protocol}, context {CONTEXT}) ...")
     dense = score(model, windows, progress=not json_output)
-    rows = [_row("dense", "dense", dense, dense, None)]
+    rows = [dense_row(dense)]
     texts = calibration_documents()
     for objective in ("throughput", "latency"):
         for budget in wanted:
@@ -78,7 +65,7 @@ def command(
             )
             say(str(report))
             name = f"SEDAC {model.config.cut}, budget {budget:.1%}"
-            rows.append(_measure(model, windows, dense, name, f"SEDAC {model.config.cut}"))
+            rows.append(measure(model, windows, dense, name, f"SEDAC {model.config.cut}"))
         if objective == "throughput":
             say("baselines ...")
             rows[1:1] = list(_baselines(model, windows, dense))
@@ -115,21 +102,12 @@ def parse_budgets(text: str) -> list[float]:
     return values
 
 
-def spread_windows(documents: Any, tokenizer: Any, tokens: int) -> WindowSet:
-    """About ``tokens`` scored tokens in non-overlapping windows, taken evenly from all documents."""
-    from sedac_hf.evaluation import make_windows
-
-    everything = make_windows(documents, tokenizer, context=CONTEXT, protocol="windows")
-    wanted = max(-(-tokens // (CONTEXT - 1)), 1)
-    step = max(len(everything) // wanted, 1)
-    return replace(everything, windows=everything.windows[::step][:wanted])
-
-
-def _baselines(model: SedacForCausalLM, windows: WindowSet, dense: DocumentScores) -> Iterator[Row]:
+def _baselines(model: SedacForCausalLM, windows: WindowSet, dense: DocumentScores) -> Iterator[QualityRow]:
     """V6.0, constant levels in natural and in importance order, V6.1 as designed; the policy is put back."""
     import torch
 
     from sedac_hf.calibration import baselines
+    from sedac_hf.evaluation.quality import measure
 
     runtime, kept = model.runtime, model.runtime.policy
     assert kept is not None
@@ -138,55 +116,20 @@ def _baselines(model: SedacForCausalLM, windows: WindowSet, dense: DocumentScore
     for scale in HARD_EXIT_SCALES:
         model.install(baselines.hard_exit_policy(runtime, kept, risks, scale=scale))
         name = f"V6.0 hard exit, {scale:g} x the design's exit rates"
-        yield _measure(model, windows, dense, name, "V6.0 hard exit")
+        yield measure(model, windows, dense, name, "V6.0 hard exit")
     for importance_order in (False, True):
         order = "importance" if importance_order else "natural"
         model.install(baselines.plain_policy(runtime, kept, importance_order=importance_order))
         for level in BASELINE_LEVELS:
             name = f"constant {level}/{kept.n_levels}, {order} order"
             forced = runtime.forced_levels(level)
-            yield _measure(model, windows, dense, name, f"constant, {order} order", forced)
+            yield measure(model, windows, dense, name, f"constant, {order} order", forced)
     model.install(baselines.design_policy(runtime, kept, risks))
-    yield _measure(model, windows, dense, "V6.1, the design's weights", "V6.1 as designed")
+    yield measure(model, windows, dense, "V6.1, the design's weights", "V6.1 as designed")
     model.install(kept)
 
 
-def _measure(
-    model: SedacForCausalLM,
-    windows: WindowSet,
-    dense: DocumentScores,
-    name: str,
-    kind: str,
-    state: AbstractContextManager[Any] | None = None,
-) -> Row:
-    from sedac_hf.evaluation import score
-
-    model.reset_stats()
-    with state or nullcontext():
-        scores = score(model, windows, progress=False)
-    return _row(name, kind, scores, dense, model.stats())
-
-
-def _row(name: str, kind: str, scores: DocumentScores, dense: DocumentScores, stats: Any) -> Row:
-    import numpy as np
-
-    from sedac_hf.evaluation import mean_difference, paired_interval
-
-    delta = scores.nll - dense.nll
-    low, high = (0.0, 0.0) if stats is None else paired_interval(delta, dense.tokens)
-    return Row(
-        name=name,
-        kind=kind,
-        perplexity=float(np.exp(scores.nll.sum() / scores.tokens.sum())),
-        increase=float(np.expm1(mean_difference(delta, dense.tokens))),
-        low=float(np.expm1(low)),
-        high=float(np.expm1(high)),
-        bytes_not_needed=0.0 if stats is None else 1 - stats.needed_bytes_share,
-        multiply_adds_not_needed=0.0 if stats is None else 1 - stats.needed_multiply_adds_share,
-    )
-
-
-def print_table(rows: list[Row], result: dict[str, Any]) -> None:
+def print_table(rows: list[QualityRow], result: dict[str, Any]) -> None:
     """The comparison as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
@@ -210,7 +153,7 @@ def print_table(rows: list[Row], result: dict[str, Any]) -> None:
     Console(width=max(Console().width, 120)).print(table)
 
 
-def _draw(rows: list[Row], path: Path) -> None:
+def _draw(rows: list[QualityRow], path: Path) -> None:
     try:
         from sedac_hf.cli.demo_plot import draw
     except ImportError:

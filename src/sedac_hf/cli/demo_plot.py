@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from sedac_hf.cli.demo import Row
+    from sedac_hf.evaluation.quality import QualityRow
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[QualityRow], path: Path) -> None:
     """Write a PNG; one line per kind of row, in order of the share."""
     figure = Figure(figsize=(8, 5), dpi=120)
     axes = figure.subplots()
