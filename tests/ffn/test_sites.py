@@ -73,6 +73,10 @@ def test_a_shared_ffn_is_one_site():
     model = tiny_model("llama")
     model.model.layers[3].mlp = model.model.layers[1].mlp
     assert [site.layer_idx for site in find_sites(model).sites] == [0, 1, 2]
+    tied, first = model.model.layers[2].mlp, model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tied.get_submodule(name).weight = first.get_submodule(name).weight
+    assert [site.layer_idx for site in find_sites(model).sites] == [0, 1]
 
 
 def test_low_precision_weights_are_verified_too():
@@ -223,3 +227,14 @@ def test_a_deep_copy_of_a_site_belongs_to_the_copied_model():
     twin, twin_site = copy.deepcopy((model, site))
     assert twin_site.owner is twin.model.layers[0].mlp
     assert twin_site.owner is not site.owner
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_owners_that_take_one_shape_only_are_still_read(dims):
+    class Strict(Block):
+        def forward(self, x):
+            if x.dim() != dims:
+                raise ValueError("not my shape")
+            return super().forward(x)
+
+    assert find_sites(Foreign(Strict())).sites[0].plain_forward

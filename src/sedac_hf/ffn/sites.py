@@ -28,6 +28,7 @@ _FOREIGN_PART = re.compile(
     r"attn|attention|norm|router|adapter|altup|laurel|mamba|ssm|recurrent|rnn|conv|vision|audio|indexer|embed", re.I
 )
 
+_OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech", re.I)  # encoders that may be larger than the decoder
 _OWN_NAME = re.compile(r"mlp|ffn|ff|feed|expert|fc|gate|up|down|h_to", re.I)
 
 
@@ -101,7 +102,7 @@ class ModelSites:
 def find_sites(model: nn.Module) -> ModelSites:
     """The FFNs that can be cut.
 
-    A module that several layers share is one site (of the first layer). Mixture-of-experts parameters are none.
+    An FFN that several layers share is one site (of the first layer). Mixture-of-experts parameters are none.
 
     Raises:
         UnsupportedModelError: the decoder layers or an FFN in them can't be found; says what was looked for and seen.
@@ -112,8 +113,11 @@ def find_sites(model: nn.Module) -> ModelSites:
     seen: set[int] = set()
     for layer_idx, layer in enumerate(layers):
         for site in _layer_sites(layer, layer_idx, names):
-            if id(site.down) not in seen:
-                seen.add(id(site.down))
+            # Modules may be shared, and so may the weights of different modules.
+            weight = getattr(site.down, "weight", None)
+            key = id(weight if isinstance(weight, Tensor) else site.down)
+            if key not in seen:
+                seen.add(key)
                 found.append(site)
     if not found:
         raise UnsupportedModelError(_nothing_found(model, layers))
@@ -153,10 +157,10 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _outer_lists(root: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in root.children():
+    for name, child in root.named_children():
         if isinstance(child, nn.ModuleList) and _has_weights(child):
             yield child
-        else:
+        elif not _OTHER_TOWER.search(name):
             yield from _outer_lists(child)
 
 

@@ -58,7 +58,15 @@ def verified_formula(
 
 
 def run_alone(owner: nn.Module, x: Tensor, extra: int = 0) -> Tensor | None:
-    """``owner(x, 0, ...)`` in eval mode with ``extra`` zero tensors, or None where the owner can't be called so."""
+    """``owner(x, 0, ...)`` in eval mode with ``extra`` zero tensors, or None where the owner can't be called so.
+
+    x [n, d] goes in as a batch of one sequence, as most classes expect it, or else flat.
+    """
+    got = _called(owner, x[None], extra)
+    return got[0] if got is not None and got.dim() == 3 and got.shape[0] == 1 else _called(owner, x, extra)
+
+
+def _called(owner: nn.Module, x: Tensor, extra: int) -> Tensor | None:
     modes = [(module, module.training) for module in owner.modules()]
     try:
         for module, _ in modes:

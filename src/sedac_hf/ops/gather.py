@@ -2,9 +2,9 @@
 
 Gate and up rows are copied by `index_select`, a piece at a time, and multiplied; where more than a third of them are
 chosen, copying costs more than it saves and all rows up to the width are multiplied. Down's chosen columns go through
-`embedding_bag`, torch's fused gather-and-sum, where they are contiguous (a Conv1D, or a Linear laid out transposed); an
-ordinary Linear has them strided, and there reading whole rows costs less than picking every few elements, so down runs
-over all units up to the width with zeros in between. No second copy of a weight is ever made.
+`embedding_bag`, torch's fused gather-and-sum, where they are contiguous (a Conv1D, or a Linear laid out transposed).
+An ordinary Linear has them strided, and there reading whole rows costs less than picking every few elements, so down
+runs over all units up to the width with zeros in between. No second copy of a weight is ever made.
 """
 
 from __future__ import annotations
