@@ -32,6 +32,7 @@ class ForwardPass:
     prompt: bool [n_tokens], tokens that run at full width because they belong to the prompt; None: none do.
     whole: every FFN runs untouched in this pass.
     plan: the levels in force, None before the first checkpoint.
+    fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     """
 
     runtime: SedacRuntime
@@ -40,6 +41,7 @@ class ForwardPass:
     whole: bool = False
     controller_state: Any = None
     plan: LevelPlan | None = None
+    fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
     previous: ForwardPass | None = None
     cuts: dict[int, tuple[LevelPlan, SiteCut]] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)

@@ -339,25 +339,32 @@ class SedacRuntime:
         if forced is not None and forced.points is not None:
             point = forced.points[i]
             compensation = None if forced.compensation is None else forced.compensation[i]
-            plan = None if point is None else LevelPlan.same(state.n_tokens, 1, 2)
+            plan = None if point is None else self._fixed_plan(state, "point", 2)
             return plan, (OperatingPoint(0), point or whole, whole), compensation
         policy = self.policy
         if policy is None:
             return None, (), None
-        points = policy.schedule.points[i]
         compensation = None if policy.compensation is None else policy.compensation[i]
-        n_levels = policy.n_levels
-        if self.segments[i] < 0:  # before the first checkpoint: one fixed point, at every level but the full one
-            if state.prompt is None:
-                return LevelPlan.same(state.n_tokens, 1, n_levels), points, compensation
-            levels = np.where(state.prompt, n_levels, 1).astype(np.uint8)
-            return LevelPlan.of(levels, n_levels), points, compensation
-        if forced is not None:
-            if isinstance(forced.levels, np.ndarray):
-                return LevelPlan.of(forced.levels, n_levels), points, compensation
-            assert forced.levels is not None
-            return LevelPlan.same(state.n_tokens, forced.levels, n_levels), points, compensation
-        return state.plan, points, compensation
+        if self.segments[i] < 0:
+            plan = self._fixed_plan(state, "head", policy.n_levels)
+        elif forced is not None:
+            plan = self._fixed_plan(state, "level", policy.n_levels)
+        else:
+            plan = state.plan
+        return plan, policy.schedule.points[i], compensation
+
+    def _fixed_plan(self, state: ForwardPass, kind: str, n_levels: int) -> LevelPlan:
+        """Levels that wait for no checkpoint; made once per pass, since each FFN call asks several times."""
+        if kind not in state.fixed_plans:
+            if kind == "level" and self._forced is not None and self._forced.levels is not None:
+                levels = np.broadcast_to(np.asarray(self._forced.levels, np.uint8), (state.n_tokens,)).copy()
+                plan = LevelPlan.of(levels, n_levels)
+            elif kind == "head" and state.prompt is not None:  # prompt tokens whole, the others at the fixed point
+                plan = LevelPlan.of(np.where(state.prompt, n_levels, 1).astype(np.uint8), n_levels)
+            else:  # level 1 stands for the one point; so do all levels below the top, before the first checkpoint
+                plan = LevelPlan.same(state.n_tokens, 1, n_levels)
+            state.fixed_plans[kind] = plan
+        return state.fixed_plans[kind]
 
     def _record(
         self,
