@@ -233,5 +233,6 @@ def test_embedded_decoder_is_as_good_as_its_card_says(demo: Any) -> None:
     sample = replace(windows, windows=windows.windows[:: len(windows) // 100])
     result = perplexity(model, tokenizer, sample, progress=False)
     assert result.tokens > 25_000
-    # 2.225 on other windows of the same files; another Python's library differs more, an untrained decoder gives 8.3
-    assert result.mean_nll == pytest.approx(2.225, abs=0.25)
+    # The card has 2.225 on some windows of the same files, all of them give 2.041; another Python's library differs
+    # more, an untrained decoder gives 8.3.
+    assert result.mean_nll == pytest.approx(2.13, abs=0.35)

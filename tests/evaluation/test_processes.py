@@ -16,7 +16,7 @@ from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation.processes import gather, gather_in_order, share_of_this_process
 
 ROOT = Path(__file__).parents[2]
-PPL = ["-m", "sedac_hf.cli.main", "eval", "ppl", "demo", "--stdlib", "--max-tokens", "3000", "--context", "128",
+PPL = ["-m", "sedac_hf.cli.main", "eval", "ppl", "demo", "--stdlib", "--max-tokens", "1500", "--context", "128",
        "--batch-size", "3", "--device", "cpu", "--json"]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_accelerate_launch_gives_the_figure_of_one_process() -> None:
     machine = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(free_port())]
     launch = ["-m", "accelerate.commands.launch", *machine, "--mixed_precision", "no", "--dynamo_backend", "no"]
     two = run(sys.executable, *launch, *PPL)
-    assert one["cut"]["tokens"] == two["cut"]["tokens"] == 3000
+    assert one["cut"]["tokens"] == two["cut"]["tokens"] == 1500
     for name in ("dense", "cut"):
         assert abs(two[name]["mean_nll"] / one[name]["mean_nll"] - 1) < 1e-9
         for single, shared in zip(one[name]["documents"], two[name]["documents"], strict=True):

@@ -91,11 +91,11 @@ def stdlib_documents(split: Literal["train", "heldout", "all"] = "heldout") -> l
     if split not in ("train", "heldout", "all"):
         raise EvaluationError(f"split must be 'train', 'heldout' or 'all', got {split!r}")
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = ("site-packages/", "dist-packages/", "encodings/")
+    left_out = {"site-packages", "dist-packages", "encodings"}  # not walked: the first two can be huge
+    tops = [path for path in root.iterdir() if path.name not in left_out]
+    found = [file for top in tops for file in (top.rglob("*.py") if top.is_dir() else [top]) if file.suffix == ".py"]
     documents = []
-    for name, path in sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")):
-        if name.startswith(left_out):
-            continue
+    for name, path in sorted((file.relative_to(root).as_posix(), file) for file in found):
         held_out = int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) % 20 == 0
         if split != "all" and held_out != (split == "heldout"):
             continue
