@@ -61,7 +61,8 @@ def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBan
             probe.down.weight.copy_(torch.randn(probe.down.weight.shape, generator=generator))
             probe.out.weight.copy_(torch.randn(probe.out.weight.shape, generator=generator))
             probe.out.bias.zero_()
-            raw = torch.expm1(probe(hidden[idx])).clamp(min=1e-6).log()  # what softplus was given
+            risk = probe(hidden[idx]).clamp(min=1e-6)
+            raw = risk + torch.log1p(-torch.exp(-risk))  # what softplus was given
             probe.out.weight.div_(raw.std())
             probe.out.bias.fill_(-float(raw.mean() / raw.std()))
             probe.round_parameters()

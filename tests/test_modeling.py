@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, pipeline
 
 from sedac_hf import ConfigError, LoadError, SedacConfig, SedacForCausalLM, UnsupportedModelError
@@ -210,6 +211,28 @@ def without_key(key):
     return remove
 
 
+def with_value(key, value):
+    def change(path):
+        config = json.loads((path / "config.json").read_text())
+        config[key] = value
+        (path / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def spoiled_tensor(name, value):
+    def change(path):
+        file = path / ("sedac.safetensors" if name.startswith(("probes", "comp", "channel")) else "model.safetensors")
+        tensors = load_file(file)
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = torch.full_like(tensors[name], value)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return change
+
+
 def foreign_sizes(path):
     other = wrapped("llama", "truncate", intermediate_size=128)
     other.save_pretrained(path.parent / "other")
@@ -227,8 +250,16 @@ def foreign_sizes(path):
         (lambda path: (path / "config.json").unlink(), "must hold a config.json"),
         (without_key("layer_configs"), "must hold `layer_configs`"),
         (foreign_sizes, "must be a permutation"),
+        (with_value("n_levels", 4), "n_levels"),
+        (with_value("cut", "slice"), "`cut` must be one of"),
+        (with_value("schedule", {"n_levels": 8}), "schedule"),
+        (spoiled_tensor("model.layers.1.mlp.up_proj.weight", None), "1 are missing"),
+        (spoiled_tensor("probes.layers.1.out.bias", float("nan")), "must be finite"),
+        (spoiled_tensor("probes.layers.1.out.bias", None), "do not fit"),
+        (spoiled_tensor("channel_order.0", 3), "must be a permutation"),
+        (spoiled_tensor("compensation.0.2.v", None), "second half"),
     ],
-    ids=["tensors", "weights", "config", "no-tensors", "no-weights", "no-config", "no-law", "foreign"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_files_are_named(tmp_path, spoil, message):
     wrapped("llama", "truncate").save_pretrained(tmp_path / "saved")

@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 
 from sedac_hf.configuration import SedacConfig
@@ -54,18 +54,38 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
 
 
-def load_base(load: Callable[..., Any], path: str, config: SedacConfig, kwargs: Mapping[str, Any]) -> Any:
+def load_base(path: str, config: SedacConfig, kwargs: Mapping[str, Any]) -> Any:
     """The base of a full save, by its own class, from the same folder.
 
     Raises:
         LoadError: weight files are missing or damaged.
     """
-    if os.path.isdir(path) and not any(Path(path, kwargs.get("subfolder", "")).glob("model*.safetensors")):
+    if os.path.isdir(path) and not any(Path(path, kwargs.get("subfolder") or "").glob("model*.safetensors")):
         raise LoadError(f"{path} must hold the base's weights (model*.safetensors) or name a base; it does neither")
+    return load_weights(path, config=config.text_config, **kwargs)
+
+
+def load_weights(path: str, **kwargs: Any) -> Any:
+    """A plain decoder by its own class, with one kind of error; weights that are missing are an error too.
+
+    Returns:
+        The model, or ``(model, loading_info)`` with ``output_loading_info=True``.
+
+    Raises:
+        LoadError: weight files are damaged, have other shapes, or lack weights of the model.
+    """
+    wanted = kwargs.pop("output_loading_info", False)
     try:
-        return load(path, config=config.text_config, **kwargs)
-    except (SafetensorError, OSError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (SafetensorError, RuntimeError) as error:
         raise LoadError(f"the base weights in {path} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing and not kwargs.get("ignore_mismatched_sizes"):
+        raise LoadError(
+            f"the base weights in {path} must be complete; {len(missing)} are missing and would be random numbers: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return (model, info) if wanted else model
 
 
 def read_policy(path: str, config: SedacConfig, **hub: Any) -> Policy | None:

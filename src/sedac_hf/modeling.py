@@ -118,7 +118,6 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *model_args: Any,
         config: SedacConfig | PreTrainedConfig | str | os.PathLike[str] | None = None,
         sedac_config: SedacConfig | None = None,
         base_model: PreTrainedModel | str | os.PathLike[str] | None = None,
@@ -151,9 +150,8 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         trust = kwargs.get("trust_remote_code")
         given = config if isinstance(config, PreTrainedConfig) else None
         found = given or adapter_files.read_config(str(config or path), trust_remote_code=trust, **hub)
-        load = AutoModelForCausalLM.from_pretrained
         if isinstance(found, SedacConfig):
-            base, info = _split(_load_base(load, path, found, base_model, kwargs))
+            base, info = _split(_load_base(path, found, base_model, kwargs))
             model = cls.from_base(base, found)
             policy = adapter_files.read_policy(path, found, **hub)
             if policy is not None:
@@ -162,7 +160,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             if base_model is not None:
                 raise ConfigError("`base_model` goes with an adapter; this path holds a plain decoder")
-            base, info = _split(load(path, *model_args, **kwargs, **({} if given is None else {"config": given})))
+            if given is not None:
+                kwargs["config"] = given
+            base, info = _split(adapter_files.load_weights(path, **kwargs))
             model = cls.from_base(base, sedac_config)
             model.config.base_revision = kwargs.get("revision")
             logger.warning_once(
@@ -358,19 +358,19 @@ def _split(loaded: Any) -> tuple[PreTrainedModel, Any]:
 
 
 def _load_base(
-    load: Any, path: str, config: SedacConfig, base_model: PreTrainedModel | str | os.PathLike[str] | None, kwargs: Any
+    path: str, config: SedacConfig, base_model: PreTrainedModel | str | os.PathLike[str] | None, kwargs: Any
 ) -> Any:
     """The base of a saved SEDAC model: the one given, the one that an adapter names, or the one in the same folder."""
     if isinstance(base_model, PreTrainedModel):
         return base_model
     if base_model is None and config.base_model_name_or_path is None:
-        return adapter_files.load_base(load, path, config, kwargs)
+        return adapter_files.load_base(path, config, kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if base_model is not None:
-        return load(str(base_model), **kwargs)
+        return adapter_files.load_weights(str(base_model), **kwargs)
     if config.base_revision is not None:
         kwargs["revision"] = config.base_revision
-    return load(config.base_model_name_or_path, **kwargs)
+    return adapter_files.load_weights(config.base_model_name_or_path, **kwargs)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from sedac_hf.evaluation.windows import WindowSet, make_windows
 class QualityRow:
     """One state of a model.
 
-    increase: of perplexity over dense; low, high: its 95% bootstrap interval over documents; the shares are of all FFNs
-    and all tokens, with shadow, probes and compensation counted as cost, bytes those of a bf16 base.
+    increase: of perplexity over dense; low, high: its 95% bootstrap interval over documents; the shares are of all
+    FFNs and all tokens, with shadow, probes and compensation counted as cost, bytes those of a bf16 base.
     """
 
     name: str

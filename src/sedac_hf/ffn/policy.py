@@ -54,9 +54,15 @@ class Policy:
     def n_levels(self) -> int:
         return self.schedule.n_levels
 
+    def _check_finite(self) -> None:
+        for name, tensor in self.to_tensors().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ConfigError(f"a policy's tensors must be finite numbers; {name!r} is not: is the file damaged?")
+
     def check(self, sites: Sequence[FFNSite], checkpoint_layers: Sequence[int]) -> None:
         """Raise ConfigError unless the policy is for a decoder with these FFNs and checkpoint layers."""
         self.schedule.check([site.intermediate_size for site in sites])
+        self._check_finite()
         layers = [item.layer_idx for item in self.layer_configs]
         if layers != list(checkpoint_layers):
             raise ConfigError(f"the policy has checkpoints at layers {layers}, the model at {list(checkpoint_layers)}")
@@ -111,6 +117,8 @@ class Policy:
         layer_configs = tuple(LayerConfig(**item) for item in config["layer_configs"])
         schedule = WidthSchedule.from_dict(config["schedule"])
         n_sites = len(schedule.points)
+        if config["n_levels"] != schedule.n_levels:
+            raise ConfigError(f"`n_levels` must be the schedule's {schedule.n_levels}, got {config['n_levels']}")
         layers = [item.layer_idx for item in layer_configs]
         orders = tuple(tensors.get(f"{_ORDER}{i}") for i in range(n_sites))
         for i, order in enumerate(orders):
