@@ -1,7 +1,7 @@
 //! The law: one checkpoint's risks accumulated into confidence, exits and levels. It is written here and nowhere else.
 
 use crate::{
-    config::CascadeConfig,
+    config::{CascadeConfig, MAX_CHECKPOINTS},
     schedule::{soft_exit_ratio, KeepLevels},
 };
 
@@ -18,7 +18,8 @@ const EXITED: u8 = 2;
 #[derive(Clone, Debug)]
 pub(crate) struct Tokens {
     pub(crate) confidence: Vec<f32>,
-    pub(crate) exit_layer: Vec<i64>,
+    /// Place of the first checkpoint whose condition held, plus one; 0: none.
+    first_exit: Vec<u8>,
     flags: Vec<u8>,
 }
 
@@ -27,13 +28,22 @@ impl Tokens {
     pub(crate) fn new(n_tokens: usize) -> Option<Self> {
         Some(Self {
             confidence: filled(0.0, n_tokens)?,
-            exit_layer: filled(-1, n_tokens)?,
+            first_exit: filled(0, n_tokens)?,
             flags: filled(0, n_tokens)?,
         })
     }
 
     pub(crate) fn len(&self) -> usize {
         self.flags.len()
+    }
+
+    /// `layer_idx` of the first checkpoint whose condition held, -1 if none did.
+    pub(crate) fn exit_layer(&self, config: &CascadeConfig) -> Vec<i64> {
+        let mut layers = [-1; MAX_CHECKPOINTS + 1];
+        for (place, layer) in layers[1..].iter_mut().zip(config.layers()) {
+            *place = i64::from(layer.layer_idx);
+        }
+        self.first_exit.iter().map(|&first| layers[usize::from(first)]).collect()
     }
 
     pub(crate) fn failed(&self) -> impl Iterator<Item = bool> + '_ {
@@ -52,16 +62,13 @@ impl Tokens {
     /// Views of consecutive tokens, `size` at a time.
     pub(crate) fn chunks_mut(&mut self, size: usize) -> impl Iterator<Item = TokensMut<'_>> {
         let confidence = self.confidence.chunks_mut(size);
-        let exit_layer = self.exit_layer.chunks_mut(size);
+        let first_exit = self.first_exit.chunks_mut(size);
         let flags = self.flags.chunks_mut(size);
-        confidence
-            .zip(exit_layer)
-            .zip(flags)
-            .map(|((confidence, exit_layer), flags)| TokensMut {
-                confidence,
-                exit_layer,
-                flags,
-            })
+        confidence.zip(first_exit).zip(flags).map(|((confidence, first_exit), flags)| TokensMut {
+            confidence,
+            first_exit,
+            flags,
+        })
     }
 }
 
@@ -75,7 +82,7 @@ fn filled<T: Clone>(value: T, len: usize) -> Option<Vec<T>> {
 /// Consecutive tokens of a batch.
 pub(crate) struct TokensMut<'a> {
     confidence: &'a mut [f32],
-    exit_layer: &'a mut [i64],
+    first_exit: &'a mut [u8],
     flags: &'a mut [u8],
 }
 
@@ -105,7 +112,7 @@ pub(crate) struct Step<'a> {
     decay: f32,
     weight: f32,
     target: f32,
-    layer_idx: i64,
+    mark: u8,
     threshold: f32,
 }
 
@@ -118,7 +125,7 @@ impl<'a> Step<'a> {
             decay: config.confidence_decay(),
             weight: layer.confidence_weight,
             target: layer.target_exit_rate,
-            layer_idx: i64::from(layer.layer_idx),
+            mark: checkpoint_idx as u8 + 1,
             threshold,
         }
     }
@@ -128,11 +135,11 @@ impl<'a> Step<'a> {
         let blocks = risk
             .chunks(BLOCK)
             .zip(tokens.confidence.chunks_mut(BLOCK))
-            .zip(tokens.exit_layer.chunks_mut(BLOCK))
+            .zip(tokens.first_exit.chunks_mut(BLOCK))
             .zip(tokens.flags.chunks_mut(BLOCK))
             .zip(levels.chunks_mut(BLOCK));
-        for ((((risk, confidence), exit_layer), flags), levels) in blocks {
-            self.accumulate(risk, confidence, exit_layer, flags);
+        for ((((risk, confidence), first_exit), flags), levels) in blocks {
+            self.accumulate(risk, confidence, first_exit, flags);
             if self.soft_exit {
                 self.keep_levels.assign(confidence, levels);
             } else {
@@ -145,36 +152,19 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn accumulate(&self, risk: &[f32], confidence: &mut [f32], exit_layer: &mut [i64], flags: &mut [u8]) {
-        let Self {
-            soft_exit,
-            decay,
-            weight,
-            target,
-            layer_idx,
-            threshold,
-            ..
-        } = *self;
-        let tokens = risk.iter().zip(confidence).zip(exit_layer).zip(flags);
-        for (((&risk, c), exit_layer), flags) in tokens {
+    fn accumulate(&self, risk: &[f32], confidence: &mut [f32], first_exit: &mut [u8], flags: &mut [u8]) {
+        let Self { soft_exit, decay, weight, target, mark, threshold, .. } = *self;
+        let latches = if soft_exit { 0 } else { EXITED };
+        for (((&risk, c), first), flags) in risk.iter().zip(confidence).zip(first_exit).zip(flags) {
             let live = risk.is_finite() & (*flags & FAILED == 0);
             let risk = if risk > 0.0 { risk } else { 0.0 };
             let local = (threshold - risk) / threshold;
-            let local = if local > CONFIDENCE_FLOOR {
-                local
-            } else {
-                CONFIDENCE_FLOOR
-            };
+            let local = if local > CONFIDENCE_FLOOR { local } else { CONFIDENCE_FLOOR };
             let accumulated = decay * *c + weight * local;
             *c = if live { accumulated } else { *c };
             let held = live & (*c >= target);
-            let latched = !soft_exit & (*flags & EXITED != 0);
-            let exited = live & (held | latched);
-            *exit_layer = if held & (*exit_layer < 0) {
-                layer_idx
-            } else {
-                *exit_layer
-            };
+            let exited = held | (live & (*flags & latches != 0));
+            *first = if held & (*first == 0) { mark } else { *first };
             *flags = (u8::from(!live) * FAILED) | (u8::from(exited) * EXITED);
         }
     }

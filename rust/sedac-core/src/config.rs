@@ -5,6 +5,9 @@ use crate::{schedule::KeepLevels, thresholds::THRESHOLD_FLOOR, Error};
 /// No confidence weight is higher, so that C stays finite (and `0 * C` stays 0) over any cascade.
 pub const WEIGHT_CEILING: f32 = 1e6;
 
+/// Most checkpoints of a cascade: a token's first exit is kept in a byte.
+pub const MAX_CHECKPOINTS: usize = 255;
+
 /// One checkpoint of the cascade.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerConfig {
@@ -30,32 +33,18 @@ impl LayerConfig {
         confidence_weight: f32,
     ) -> Self {
         let quantile = f64::from(target_exit_rate).clamp(0.0, 1.0);
-        Self {
-            layer_idx,
-            target_exit_rate,
-            initial_threshold,
-            confidence_weight,
-            quantile,
-        }
+        Self { layer_idx, target_exit_rate, initial_threshold, confidence_weight, quantile }
     }
 
     fn check(&self, place: usize) -> Result<(), Error> {
         let field = |name: &str| format!("layer_configs[{place}].{name}");
         if !self.target_exit_rate.is_finite() {
-            return Err(Error::out_of_range(
-                field("target_exit_rate"),
-                "finite",
-                self.target_exit_rate,
-            ));
+            return Err(Error::out_of_range(field("target_exit_rate"), "finite", self.target_exit_rate));
         }
         check_threshold(|| field("initial_threshold"), self.initial_threshold)?;
         if !(0.0..=WEIGHT_CEILING).contains(&self.confidence_weight) {
             let must = "0 to 1e6";
-            return Err(Error::out_of_range(
-                field("confidence_weight"),
-                must,
-                self.confidence_weight,
-            ));
+            return Err(Error::out_of_range(field("confidence_weight"), must, self.confidence_weight));
         }
         check_unit_interval(|| field("quantile"), self.quantile)
     }
@@ -77,25 +66,18 @@ impl CascadeConfig {
         if layers.is_empty() {
             return Err(Error::NoCheckpoints);
         }
+        if layers.len() > MAX_CHECKPOINTS {
+            return Err(Error::TooManyCheckpoints { got: layers.len() });
+        }
         for (place, layer) in layers.iter().enumerate() {
             layer.check(place)?;
             if place > 0 && layer.layer_idx <= layers[place - 1].layer_idx {
                 let previous = layers[place - 1].layer_idx;
-                return Err(Error::LayerOrder {
-                    place,
-                    previous,
-                    got: layer.layer_idx,
-                });
+                return Err(Error::LayerOrder { place, previous, got: layer.layer_idx });
             }
         }
         let keep_levels = KeepLevels::new(8)?;
-        Ok(Self {
-            layers,
-            alpha: 0.1,
-            confidence_decay: 0.9,
-            soft_exit: true,
-            keep_levels,
-        })
+        Ok(Self { layers, alpha: 0.1, confidence_decay: 0.9, soft_exit: true, keep_levels })
     }
 
     /// Weight of the new quantile in threshold updates, in \[0, 1\].
@@ -107,10 +89,7 @@ impl CascadeConfig {
     /// The law's gamma, in \[0, 1\].
     pub fn with_confidence_decay(self, confidence_decay: f32) -> Result<Self, Error> {
         check_unit_interval(|| "confidence_decay".into(), confidence_decay)?;
-        Ok(Self {
-            confidence_decay,
-            ..self
-        })
+        Ok(Self { confidence_decay, ..self })
     }
 
     /// Graded ratio, or (false) exits that skip the whole FFN and latch.
@@ -121,10 +100,7 @@ impl CascadeConfig {
 
     /// Number of keep levels, 2 to [`MAX_LEVELS`](crate::MAX_LEVELS).
     pub fn with_n_levels(self, n_levels: u8) -> Result<Self, Error> {
-        Ok(Self {
-            keep_levels: KeepLevels::new(n_levels)?,
-            ..self
-        })
+        Ok(Self { keep_levels: KeepLevels::new(n_levels)?, ..self })
     }
 
     /// The checkpoints, in layer order.

@@ -25,10 +25,7 @@ impl CascadeController {
     #[must_use]
     pub fn new(config: CascadeConfig) -> Self {
         let thresholds = Thresholds::new(config.layers().iter().map(|layer| layer.initial_threshold));
-        Self {
-            config: Arc::new(config),
-            thresholds,
-        }
+        Self { config: Arc::new(config), thresholds }
     }
 
     /// The configuration.
@@ -67,10 +64,9 @@ impl CascadeController {
     ) -> Result<f32, Error> {
         let layers = self.config.layers();
         let n_checkpoints = layers.len();
-        let layer = layers.get(checkpoint_idx).ok_or(Error::CheckpointIndex {
-            n_checkpoints,
-            got: checkpoint_idx,
-        })?;
+        let layer = layers
+            .get(checkpoint_idx)
+            .ok_or(Error::CheckpointIndex { n_checkpoints, got: checkpoint_idx })?;
         let q = q.unwrap_or(layer.quantile);
         check_unit_interval(|| "quantile".into(), q)?;
         Ok(match quantile(samples, q) {
@@ -82,11 +78,7 @@ impl CascadeController {
     /// Starts a pass over `n_tokens` tokens.
     pub fn begin(&self, n_tokens: usize) -> Result<ForwardPass, Error> {
         let tokens = Tokens::new(n_tokens).ok_or(Error::TooManyTokens { n_tokens })?;
-        Ok(ForwardPass {
-            config: Arc::clone(&self.config),
-            next_checkpoint: 0,
-            tokens,
-        })
+        Ok(ForwardPass { config: Arc::clone(&self.config), next_checkpoint: 0, tokens })
     }
 
     /// Whether this controller began the pass.
@@ -108,11 +100,7 @@ impl CascadeController {
         let n_checkpoints = self.config.n_checkpoints();
         let expected = pass.next_checkpoint;
         if checkpoint_idx != expected || expected >= n_checkpoints {
-            return Err(Error::CheckpointOrder {
-                expected,
-                n_checkpoints,
-                got: checkpoint_idx,
-            });
+            return Err(Error::CheckpointOrder { expected, n_checkpoints, got: checkpoint_idx });
         }
         check_length("risk", pass.n_tokens(), risk.len())?;
         let step = Step::new(&self.config, checkpoint_idx, self.thresholds.get(checkpoint_idx));
@@ -137,29 +125,15 @@ impl CascadeController {
         let mut tokens = Tokens::new(n_tokens).ok_or(Error::TooManyTokens { n_tokens })?;
         let mut ratios = vec![0.0; risk.len()];
         let mut levels = vec![0; risk.len()];
-        let steps: Vec<Step> = (0..n_checkpoints)
-            .map(|i| Step::new(&self.config, i, self.thresholds.get(i)))
-            .collect();
+        let steps: Vec<Step> =
+            (0..n_checkpoints).map(|i| Step::new(&self.config, i, self.thresholds.get(i))).collect();
 
-        let risk_chunks = chunks_of_rows(
-            risk.chunks(n_tokens.max(1))
-                .map(|row| row.chunks(parallel::CHUNK)),
-        );
-        let ratio_chunks = chunks_of_rows(
-            ratios
-                .chunks_mut(n_tokens.max(1))
-                .map(|row| row.chunks_mut(parallel::CHUNK)),
-        );
-        let level_chunks = chunks_of_rows(
-            levels
-                .chunks_mut(n_tokens.max(1))
-                .map(|row| row.chunks_mut(parallel::CHUNK)),
-        );
-        let chunks = tokens
-            .chunks_mut(parallel::CHUNK)
-            .zip(risk_chunks)
-            .zip(ratio_chunks)
-            .zip(level_chunks);
+        let risk_chunks = chunks_of_rows(risk.chunks(n_tokens.max(1)).map(|row| row.chunks(parallel::CHUNK)));
+        let ratio_chunks =
+            chunks_of_rows(ratios.chunks_mut(n_tokens.max(1)).map(|row| row.chunks_mut(parallel::CHUNK)));
+        let level_chunks =
+            chunks_of_rows(levels.chunks_mut(n_tokens.max(1)).map(|row| row.chunks_mut(parallel::CHUNK)));
+        let chunks = tokens.chunks_mut(parallel::CHUNK).zip(risk_chunks).zip(ratio_chunks).zip(level_chunks);
         parallel::for_each(chunks, risk.len(), |(((mut tokens, risk), ratios), levels)| {
             for (((step, risk), ratios), levels) in steps.iter().zip(risk).zip(ratios).zip(levels) {
                 step.advance(risk, &mut tokens, levels);
@@ -168,7 +142,7 @@ impl CascadeController {
         });
         Ok(Decisions {
             should_exit: tokens.exited().collect(),
-            exit_layer: tokens.exit_layer,
+            exit_layer: tokens.exit_layer(&self.config),
             accumulated_confidence: tokens.confidence,
             ratios,
             levels,

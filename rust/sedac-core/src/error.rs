@@ -7,6 +7,12 @@ pub enum Error {
     /// A cascade without checkpoints.
     #[error("`layer_configs` must hold at least one checkpoint, got none")]
     NoCheckpoints,
+    /// A cascade of more checkpoints than [`MAX_CHECKPOINTS`](crate::MAX_CHECKPOINTS).
+    #[error("`layer_configs` must hold at most 255 checkpoints, got {got}")]
+    TooManyCheckpoints {
+        /// Checkpoints given.
+        got: usize,
+    },
     /// Checkpoints that are not in layer order, or the same layer twice.
     #[error("`layer_configs[{place}].layer_idx` must be above the one before it ({previous}), got {got}")]
     LayerOrder {
@@ -76,10 +82,6 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn out_of_range(field: impl Into<String>, must: &'static str, got: impl Into<f64>) -> Self {
-        Self::OutOfRange {
-            field: field.into(),
-            must,
-            got: got.into(),
-        }
+        Self::OutOfRange { field: field.into(), must, got: got.into() }
     }
 }

@@ -37,8 +37,8 @@ impl ForwardPass {
 
     /// `layer_idx` of the first checkpoint whose condition held, -1 if none did.
     #[must_use]
-    pub fn exit_layer(&self) -> &[i64] {
-        &self.tokens.exit_layer
+    pub fn exit_layer(&self) -> Vec<i64> {
+        self.tokens.exit_layer(&self.config)
     }
 
     /// Whether the exit holds as of the last step.
@@ -57,10 +57,7 @@ impl ForwardPass {
     #[must_use]
     pub fn ratio(&self) -> Vec<f32> {
         let mut ratios = vec![0.0; self.n_tokens()];
-        let chunks = self
-            .tokens
-            .chunks(parallel::CHUNK)
-            .zip(ratios.chunks_mut(parallel::CHUNK));
+        let chunks = self.tokens.chunks(parallel::CHUNK).zip(ratios.chunks_mut(parallel::CHUNK));
         parallel::for_each(chunks, self.n_tokens(), |((confidence, flags), ratios)| {
             write_ratios(self.config.soft_exit(), confidence, flags, ratios);
         });

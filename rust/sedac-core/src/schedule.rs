@@ -23,9 +23,7 @@ impl KeepLevels {
             return Err(Error::out_of_range("n_levels", "2 to 64", n_levels));
         }
         let cut = |m: u8| (0.5 + 0.25 * (f64::from(n_levels - m) / f64::from(m)).ln()) as f32;
-        let cut_points = std::iter::once(f32::INFINITY)
-            .chain((1..n_levels).map(cut))
-            .collect();
+        let cut_points = std::iter::once(f32::INFINITY).chain((1..n_levels).map(cut)).collect();
         Ok(Self { n_levels, cut_points })
     }
 

@@ -37,11 +37,7 @@ impl Thresholds {
         let mut seen = cell.load(Relaxed);
         loop {
             let blended = (1.0 - alpha) * f32::from_bits(seen) + alpha * aim;
-            let new = if blended > THRESHOLD_FLOOR {
-                blended
-            } else {
-                THRESHOLD_FLOOR
-            };
+            let new = if blended > THRESHOLD_FLOOR { blended } else { THRESHOLD_FLOOR };
             match cell.compare_exchange_weak(seen, new.to_bits(), Relaxed, Relaxed) {
                 Ok(_) => return new,
                 Err(now) => seen = now,
@@ -54,11 +50,7 @@ impl Thresholds {
 ///
 /// NaN and infinite samples are dropped: a failed probe is no evidence about risk.
 pub(crate) fn quantile(samples: &[f32], quantile: f64) -> Option<f32> {
-    let mut finite: Vec<f32> = samples
-        .iter()
-        .copied()
-        .filter(|sample| sample.is_finite())
-        .collect();
+    let mut finite: Vec<f32> = samples.iter().copied().filter(|sample| sample.is_finite()).collect();
     let last = finite.len().checked_sub(1)?;
     let position = last as f64 * quantile;
     let below = position.floor();

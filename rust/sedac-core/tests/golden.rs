@@ -74,10 +74,7 @@ fn controller(case: &Case) -> CascadeController {
         LayerConfig::new(*layer_idx, number(target), number(threshold), number(weight))
     });
     let config = CascadeConfig::new(layers.collect()).unwrap();
-    let config = config
-        .with_confidence_decay(number(&case.decay))
-        .unwrap()
-        .with_soft_exit(case.soft_exit);
+    let config = config.with_confidence_decay(number(&case.decay)).unwrap().with_soft_exit(case.soft_exit);
     CascadeController::new(config.with_n_levels(case.n_levels).unwrap())
 }
 
@@ -85,10 +82,7 @@ fn assert_ratios(got: &[f32], expected: &[String], name: &str) {
     assert_eq!(got.len(), expected.len(), "{name}");
     for (got, expected) in got.iter().zip(expected) {
         let expected = number(expected);
-        assert!(
-            (got - expected).abs() <= 1e-6,
-            "{name}: ratio {got}, expected {expected}"
-        );
+        assert!((got - expected).abs() <= 1e-6, "{name}: ratio {got}, expected {expected}");
     }
 }
 
@@ -107,12 +101,7 @@ fn steps_give_the_golden_decisions() {
             assert_ratios(&pass.ratio(), &case.ratios[i], &name);
         }
         assert_eq!(pass.exit_layer(), case.exit_layer, "{}", case.name);
-        assert_eq!(
-            bits(pass.confidence()),
-            bits(&numbers(&case.confidence)),
-            "{}",
-            case.name
-        );
+        assert_eq!(bits(pass.confidence()), bits(&numbers(&case.confidence)), "{}", case.name);
     }
 }
 
@@ -120,9 +109,7 @@ fn steps_give_the_golden_decisions() {
 fn a_batch_gives_the_golden_decisions() {
     for case in golden().cases {
         let n_tokens = case.exit_layer.len();
-        let decisions = controller(&case)
-            .evaluate_batch(&numbers(&case.risk.concat()), n_tokens)
-            .unwrap();
+        let decisions = controller(&case).evaluate_batch(&numbers(&case.risk.concat()), n_tokens).unwrap();
         assert_eq!(decisions.levels, case.levels.concat(), "{}", case.name);
         assert_ratios(&decisions.ratios, &case.ratios.concat(), &case.name);
         assert_eq!(decisions.exit_layer, case.exit_layer, "{}", case.name);
@@ -158,24 +145,12 @@ fn cut_points_are_the_golden_ones() {
 #[test]
 fn threshold_updates_are_the_golden_ones() {
     for case in golden().updates {
-        let layer = LayerConfig {
-            quantile: case.quantile,
-            ..LayerConfig::new(4, 0.5, number(&case.start), 1.0)
-        };
-        let config = CascadeConfig::new(vec![layer])
-            .unwrap()
-            .with_alpha(number(&case.alpha))
-            .unwrap();
+        let layer =
+            LayerConfig { quantile: case.quantile, ..LayerConfig::new(4, 0.5, number(&case.start), 1.0) };
+        let config = CascadeConfig::new(vec![layer]).unwrap().with_alpha(number(&case.alpha)).unwrap();
         let controller = CascadeController::new(config);
-        let after = controller
-            .update_threshold(0, &numbers(&case.samples), None)
-            .unwrap();
-        assert_eq!(
-            after.to_bits(),
-            number(&case.after).to_bits(),
-            "{after}, expected {}",
-            case.after
-        );
+        let after = controller.update_threshold(0, &numbers(&case.samples), None).unwrap();
+        assert_eq!(after.to_bits(), number(&case.after).to_bits(), "{after}, expected {}", case.after);
         assert_eq!(controller.thresholds(), [after]);
     }
 }
@@ -184,12 +159,6 @@ fn threshold_updates_are_the_golden_ones() {
 fn plans_are_the_golden_ones() {
     for case in golden().plans {
         let plan = LevelPlan::new(&case.levels, case.n_levels).unwrap();
-        assert_eq!(
-            plan,
-            LevelPlan {
-                order: case.order,
-                at_least: case.at_least
-            }
-        );
+        assert_eq!(plan, LevelPlan { order: case.order, at_least: case.at_least });
     }
 }

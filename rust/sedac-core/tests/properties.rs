@@ -10,25 +10,15 @@ fn risk() -> impl Strategy<Value = f32> {
 
 fn config() -> impl Strategy<Value = CascadeConfig> {
     let layer = (-2.0_f32..1.5, THRESHOLD_FLOOR..4.0_f32, 0.0_f32..2.0);
-    (
-        prop::collection::vec(layer, 1..5),
-        0.0_f32..=1.0,
-        any::<bool>(),
-        2_u8..=64,
-    )
-        .prop_map(|(layers, decay, soft_exit, n_levels)| {
+    (prop::collection::vec(layer, 1..5), 0.0_f32..=1.0, any::<bool>(), 2_u8..=64).prop_map(
+        |(layers, decay, soft_exit, n_levels)| {
             let layers = (2..).zip(layers).map(|(layer_idx, (target, threshold, weight))| {
                 LayerConfig::new(layer_idx * 3, target, threshold, weight)
             });
-            let config = CascadeConfig::new(layers.collect())
-                .unwrap()
-                .with_soft_exit(soft_exit);
-            config
-                .with_confidence_decay(decay)
-                .unwrap()
-                .with_n_levels(n_levels)
-                .unwrap()
-        })
+            let config = CascadeConfig::new(layers.collect()).unwrap().with_soft_exit(soft_exit);
+            config.with_confidence_decay(decay).unwrap().with_n_levels(n_levels).unwrap()
+        },
+    )
 }
 
 /// A cascade, and risks for up to 40 tokens of it, checkpoint after checkpoint.
@@ -97,7 +87,7 @@ proptest! {
         expected.sort_by_key(|&token| std::cmp::Reverse(levels[token]));
         prop_assert!(plan.order.iter().map(|&token| usize::try_from(token).unwrap()).eq(expected));
         for (bound, &count) in plan.at_least.iter().enumerate() {
-            prop_assert_eq!(count as usize, levels.iter().filter(|&&level| usize::from(level) >= bound).count());
+            prop_assert_eq!(usize::try_from(count).unwrap(), levels.iter().filter(|&&level| usize::from(level) >= bound).count());
         }
     }
 
@@ -120,19 +110,12 @@ fn threads_agree_with_one_thread_and_with_small_batches() {
     let layers = [(3, 0.2, 0.8, 0.3), (6, 0.5, 1.0, 0.4)].map(|(i, t, th, w)| LayerConfig::new(i, t, th, w));
     let controller = CascadeController::new(CascadeConfig::new(layers.to_vec()).unwrap());
     let n_tokens = 300_001; // above the size where threads start, and no multiple of a chunk
-    let risk: Vec<f32> = (0..2 * n_tokens)
-        .map(|i| (i as f32 * 0.618_034).fract() * 1.5)
-        .collect();
+    let risk: Vec<f32> = (0..2 * n_tokens).map(|i| (i as f32 * 0.618_034).fract() * 1.5).collect();
     let whole = controller.evaluate_batch(&risk, n_tokens).unwrap();
     for token in (0..n_tokens).step_by(997).chain([n_tokens - 1]) {
-        let alone = controller
-            .evaluate_batch(&[risk[token], risk[n_tokens + token]], 1)
-            .unwrap();
+        let alone = controller.evaluate_batch(&[risk[token], risk[n_tokens + token]], 1).unwrap();
         assert_eq!(whole.get(token), alone.get(0));
-        assert_eq!(
-            [whole.levels[token], whole.levels[n_tokens + token]],
-            alone.levels[..]
-        );
+        assert_eq!([whole.levels[token], whole.levels[n_tokens + token]], alone.levels[..]);
     }
 }
 
@@ -159,81 +142,36 @@ fn no_concurrent_update_is_lost() {
 fn what_is_wrong_is_named() {
     let layer = LayerConfig::new(3, 0.2, 0.8, 0.3);
     let refused = |layers: Vec<LayerConfig>| CascadeConfig::new(layers).unwrap_err().to_string();
-    assert_eq!(
-        refused(vec![]),
-        "`layer_configs` must hold at least one checkpoint, got none"
-    );
+    assert_eq!(refused(vec![]), "`layer_configs` must hold at least one checkpoint, got none");
     assert_eq!(
         refused(vec![layer, layer]),
         "`layer_configs[1].layer_idx` must be above the one before it (3), got 3"
     );
-    let zero = LayerConfig {
-        initial_threshold: 0.0,
-        ..layer
-    };
+    let zero = LayerConfig { initial_threshold: 0.0, ..layer };
     assert_eq!(
         refused(vec![zero]),
         "`layer_configs[0].initial_threshold` must be finite and at least 1e-6, got 0"
     );
-    let nan = LayerConfig {
-        target_exit_rate: f32::NAN,
-        ..layer
-    };
-    assert_eq!(
-        refused(vec![nan]),
-        "`layer_configs[0].target_exit_rate` must be finite, got NaN"
-    );
+    let nan = LayerConfig { target_exit_rate: f32::NAN, ..layer };
+    assert_eq!(refused(vec![nan]), "`layer_configs[0].target_exit_rate` must be finite, got NaN");
 
     let config = CascadeConfig::new(vec![layer]).unwrap();
-    assert!(matches!(
-        config.clone().with_alpha(1.5),
-        Err(Error::OutOfRange { got: 1.5, .. })
-    ));
-    assert!(matches!(
-        config.clone().with_n_levels(1),
-        Err(Error::OutOfRange { .. })
-    ));
-    let (controller, other) = (
-        CascadeController::new(config.clone()),
-        CascadeController::new(config),
-    );
+    assert!(matches!(config.clone().with_alpha(1.5), Err(Error::OutOfRange { got: 1.5, .. })));
+    assert!(matches!(config.clone().with_n_levels(1), Err(Error::OutOfRange { .. })));
+    let (controller, other) = (CascadeController::new(config.clone()), CascadeController::new(config));
     let mut pass = controller.begin(2).unwrap();
     let step = |pass: &mut _, i, risk: &[f32]| controller.step(pass, i, risk).unwrap_err();
-    assert_eq!(
-        step(&mut pass, 0, &[0.0]),
-        Error::Length {
-            name: "risk",
-            expected: 2,
-            got: 1
-        }
-    );
+    assert_eq!(step(&mut pass, 0, &[0.0]), Error::Length { name: "risk", expected: 2, got: 1 });
     assert_eq!(
         step(&mut pass, 1, &[0.0; 2]),
-        Error::CheckpointOrder {
-            expected: 0,
-            n_checkpoints: 1,
-            got: 1
-        }
+        Error::CheckpointOrder { expected: 0, n_checkpoints: 1, got: 1 }
     );
-    assert_eq!(
-        other.step(&mut pass, 0, &[0.0; 2]).unwrap_err(),
-        Error::ForeignPass
-    );
+    assert_eq!(other.step(&mut pass, 0, &[0.0; 2]).unwrap_err(), Error::ForeignPass);
     assert_eq!(controller.step(&mut pass, 0, &[0.0; 2]).unwrap(), [6, 6]); // the refusals left the pass as it was
     assert_eq!(
         step(&mut pass, 1, &[0.0; 2]),
-        Error::CheckpointOrder {
-            expected: 1,
-            n_checkpoints: 1,
-            got: 1
-        }
+        Error::CheckpointOrder { expected: 1, n_checkpoints: 1, got: 1 }
     );
-    assert_eq!(
-        controller.begin(usize::MAX).unwrap_err(),
-        Error::TooManyTokens { n_tokens: usize::MAX }
-    );
-    assert_eq!(
-        controller.plan(&[9, 3]).unwrap_err(),
-        Error::Level { n_levels: 8, got: 9 }
-    );
+    assert_eq!(controller.begin(usize::MAX).unwrap_err(), Error::TooManyTokens { n_tokens: usize::MAX });
+    assert_eq!(controller.plan(&[9, 3]).unwrap_err(), Error::Level { n_levels: 8, got: 9 });
 }

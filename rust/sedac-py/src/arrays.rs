@@ -17,9 +17,7 @@ pub(crate) fn as_slice<'a, T: Element, D: Dimension>(
         )));
     }
     if !array.is_empty() && !array.data().is_aligned() {
-        return Err(PyValueError::new_err(format!(
-            "`{name}` must be aligned in memory"
-        )));
+        return Err(PyValueError::new_err(format!("`{name}` must be aligned in memory")));
     }
     Ok(array.as_slice()?)
 }

@@ -59,7 +59,7 @@ impl ForwardPass {
 
     #[getter]
     fn exit_layer<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i64>> {
-        self.with(py, |pass| pass.exit_layer().to_vec()).into_pyarray(py)
+        self.with(py, |pass| pass.exit_layer()).into_pyarray(py)
     }
 
     #[getter]
@@ -110,12 +110,7 @@ impl CascadeController {
 
     #[getter]
     fn cut_points<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f32>> {
-        self.0
-            .config()
-            .keep_levels()
-            .cut_points()
-            .to_vec()
-            .into_pyarray(py)
+        self.0.config().keep_levels().cut_points().to_vec().into_pyarray(py)
     }
 
     fn begin(&self, py: Python<'_>, n_tokens: usize) -> PyResult<ForwardPass> {
@@ -135,9 +130,7 @@ impl CascadeController {
         risk: PyReadonlyArray1<'py, f32>,
     ) -> PyResult<Bound<'py, PyArray1<u8>>> {
         let risk = as_slice("risk", &risk)?;
-        let levels = state
-            .with(py, |pass| self.0.step(pass, checkpoint_idx, risk))
-            .map_err(to_py)?;
+        let levels = state.with(py, |pass| self.0.step(pass, checkpoint_idx, risk)).map_err(to_py)?;
         Ok(levels.into_pyarray(py))
     }
 
@@ -149,14 +142,10 @@ impl CascadeController {
         let [n_checkpoints, n_tokens] = [risk.shape()[0], risk.shape()[1]];
         if n_checkpoints != self.0.config().n_checkpoints() {
             let want = self.0.config().n_checkpoints();
-            return Err(PyValueError::new_err(format!(
-                "`risk` must have {want} rows, got {n_checkpoints}"
-            )));
+            return Err(PyValueError::new_err(format!("`risk` must have {want} rows, got {n_checkpoints}")));
         }
         let risk = as_slice("risk", &risk)?;
-        let decisions = py
-            .detach(|| self.0.evaluate_batch(risk, n_tokens))
-            .map_err(to_py)?;
+        let decisions = py.detach(|| self.0.evaluate_batch(risk, n_tokens)).map_err(to_py)?;
         let shape = (n_checkpoints, n_tokens);
         let ratios = Array2::from_shape_vec(shape, decisions.ratios).expect("one ratio per risk");
         let levels = Array2::from_shape_vec(shape, decisions.levels).expect("one level per risk");
@@ -177,8 +166,7 @@ impl CascadeController {
         quantile: f64,
     ) -> PyResult<f32> {
         let samples = as_slice("samples", &samples)?;
-        py.detach(|| self.0.update_threshold(checkpoint_idx, samples, Some(quantile)))
-            .map_err(to_py)
+        py.detach(|| self.0.update_threshold(checkpoint_idx, samples, Some(quantile))).map_err(to_py)
     }
 
     fn set_thresholds(&self, values: PyReadonlyArray1<'_, f32>) -> PyResult<()> {

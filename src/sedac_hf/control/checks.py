@@ -21,13 +21,17 @@ WEIGHT_CEILING = 1e6
 
 MAX_LEVELS = 64
 
+MAX_CHECKPOINTS = 255
+"""The compiled engine keeps a token's first exit in a byte."""
+
 
 def check_settings(
     layer_configs: Sequence[LayerConfig], alpha: float, confidence_decay: float, soft_exit: bool, n_levels: int
 ) -> None:
     """Raise ConfigError unless these make a cascade."""
-    if len(layer_configs) == 0:
-        raise ConfigError("`layer_configs` must hold at least one LayerConfig, got none")
+    if not 1 <= len(layer_configs) <= MAX_CHECKPOINTS:
+        count = len(layer_configs) or "none"
+        raise ConfigError(f"`layer_configs` must hold at least one LayerConfig, at most {MAX_CHECKPOINTS}, got {count}")
     previous = -1
     for place, config in enumerate(layer_configs):
         if not isinstance(config, LayerConfig):
