@@ -230,9 +230,9 @@ def test_context_is_the_models_by_default() -> None:
 def test_embedded_decoder_is_as_good_as_its_card_says(demo: Any) -> None:
     model, tokenizer = demo
     windows = make_windows(stdlib_documents("heldout"), tokenizer, context=256, protocol="windows")
-    sample = replace(windows, windows=windows.windows[:: len(windows) // 100])
+    # the card's figure is that of the first 400 windows in sorted order; every fourth of those is enough here
+    sample = replace(windows, windows=windows.windows[:400:4])
     result = perplexity(model, tokenizer, sample, progress=False)
     assert result.tokens > 25_000
-    # The card has 2.225 on some windows of the same files, all of them give 2.041; another Python's library differs
-    # more, an untrained decoder gives 8.3.
-    assert result.mean_nll == pytest.approx(2.13, abs=0.35)
+    # another Python's library differs a little, an untrained decoder gives 8.3
+    assert result.mean_nll == pytest.approx(2.225, abs=0.25)
