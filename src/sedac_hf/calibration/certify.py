@@ -1,0 +1,95 @@
+"""Find the least share whose rise of perplexity stays within the budget, judged on text that nothing was fitted on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedac_hf.errors import CalibrationError
+from sedac_hf.evaluation import DocumentScores
+from sedac_hf.evaluation.bounds import mean_difference, upper_bound
+
+_TRIES = 5
+_CLOSE = 0.005  # a step of the dial that is not worth another run
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One dial position on the held-out part.
+
+    share: asked for; needed_bytes, needed_multiply_adds: measured there; rise, bound: of mean log-perplexity, nats.
+    """
+
+    share: float
+    needed_bytes: float
+    needed_multiply_adds: float
+    rise: float
+    bound: float
+    cut_scores: DocumentScores
+
+    @property
+    def ppl_increase(self) -> float:
+        """Relative rise of perplexity, point estimate."""
+        return math.expm1(self.rise)
+
+    @property
+    def ppl_increase_bound(self) -> float:
+        """Its upper confidence bound over documents."""
+        return math.expm1(self.bound)
+
+
+def judge(dense: DocumentScores, cut: DocumentScores, confidence: float, seed: int) -> tuple[float, float]:
+    """(rise, upper confidence bound) of mean log-perplexity, nats per token, paired over documents."""
+    used = np.flatnonzero(dense.tokens)
+    delta, tokens = (cut.nll - dense.nll)[used], dense.tokens[used]
+    return mean_difference(delta, tokens), upper_bound(delta, tokens, confidence, seed=seed)
+
+
+def certify(
+    run: Callable[[float], Judged], budget: float, start: float, rate: float, least: float
+) -> tuple[Judged, list[Judged]]:
+    """Search the dial for the least share whose bound keeps the budget.
+
+    Harm is taken to fall with the share as ``exp(-rate * share)``, which only steers the search: what is returned was
+    run and judged itself.
+
+    Args:
+        run: judges one share.
+        budget: largest relative rise of perplexity.
+        start: first share tried; rate: per unit of share; least: the smallest share that exists.
+
+    Raises:
+        CalibrationError: no share that was tried keeps the budget.
+    """
+    limit = math.log1p(budget)
+    tried: list[Judged] = []
+    share = start
+    most = 0.98
+    for _ in range(_TRIES):
+        share = min(max(share, least), most)
+        tried.append(run(share))
+        kept = [item for item in tried if item.bound <= limit]
+        failed = [item for item in tried if item.bound > limit]
+        floor = max((item.share for item in failed), default=least)
+        ceiling = min((item.share for item in kept), default=most)
+        if ceiling - floor < _CLOSE or floor >= most:
+            break
+        nearest = tried[-1]
+        step = math.log(max(nearest.bound, 0.05 * limit) / (0.97 * limit)) / rate
+        proposed = nearest.share + float(np.clip(step, -0.25, 0.25))
+        if not floor < proposed < ceiling:
+            proposed = (floor + ceiling) / 2
+        if kept and abs(proposed - ceiling) < _CLOSE:
+            break
+        share = proposed
+    kept = [item for item in tried if item.bound <= limit]
+    if not kept:
+        seen = ", ".join(f"{item.share:.0%}: +{item.ppl_increase:.2%} (bound +{item.ppl_increase_bound:.2%})" for item in tried)
+        raise CalibrationError(
+            f"no policy keeps the budget of +{budget:.2%} perplexity; tried needed shares {seen}. Give a larger "
+            "budget, or more documents if the bounds are far above the estimates"
+        )
+    return min(kept, key=lambda item: item.needed_bytes), tried

@@ -1,0 +1,137 @@
+"""One streamed pass over the calibration text: what the fits need to know of each FFN, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sedac_hf.errors import CalibrationError, EvaluationError
+from sedac_hf.evaluation import Batch, WindowSet, check_finite, make_batch, nll_of_logits, scored_logits
+from sedac_hf.evaluation.scoring import batches, default_batch_size, input_device, vocabulary_size
+from sedac_hf.runtime import SedacRuntime
+
+_IMPORTANCE_ROWS = 768  # tokens per FFN whose importances are kept ...
+_IMPORTANCE_VALUES = 1 << 18  # ... and at most so many values of them
+
+
+@dataclass
+class Statistics:
+    """What one pass leaves, per FFN in site order, float32, units in natural order.
+
+    power: E[h_j^2] [f]; mean: E[h_j] [f]; moment: E[h h^T] [f, f], or None where memory is short or it is not needed;
+    importance: sorted sample of the units' importances, or None.
+    dense_perplexity: of the fit part.
+    """
+
+    tokens: int = 0
+    dense_perplexity: float = float("nan")
+    power: list[Tensor] = field(default_factory=list)
+    mean: list[Tensor] = field(default_factory=list)
+    moment: list[Tensor | None] = field(default_factory=list)
+    importance: list[Tensor] = field(default_factory=list)
+
+
+def stream(runtime: SedacRuntime, windows: WindowSet, progress: bool, description: str) -> Iterator[Batch]:
+    """The windows as batches on the model's device, with a progress bar."""
+    groups = list(batches(windows, default_batch_size(runtime.model, windows.context)))
+    device = input_device(runtime.model)
+    for group in tqdm(groups, desc=description, unit="batch", disable=not progress):
+        yield make_batch(group, device)
+
+
+def check_tokenizer(runtime: SedacRuntime, *parts: WindowSet) -> None:
+    """Raise CalibrationError where the text has token ids that the model does not have."""
+    vocabulary = vocabulary_size(runtime.model)
+    largest = max(part.max_token_id for part in parts)
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer must fit the model: it gave the token id {largest}, the model's embedding has {vocabulary} "
+            "rows; load the tokenizer that belongs to the model"
+        )
+
+
+def check_dense(runtime: SedacRuntime, perplexity: float) -> None:
+    """Raise CalibrationError where the model predicts the text no better than chance."""
+    vocabulary = vocabulary_size(runtime.model)
+    if vocabulary is not None and not perplexity < vocabulary:
+        raise CalibrationError(
+            f"the model must predict the text better than chance, got a perplexity of {perplexity:.4g} over "
+            f"{vocabulary} tokens: is it the model's own tokenizer, and are the weights trained?"
+        )
+
+
+def collect(
+    runtime: SedacRuntime, windows: WindowSet, *, select: bool, moment_bytes: int, progress: bool
+) -> Statistics:
+    """Run the bare model once over the windows.
+
+    Args:
+        select: sample importances (needs the shadows); otherwise moments of the hidden units.
+        moment_bytes: memory for the second moments over all FFNs; where they need more, none are kept.
+
+    Raises:
+        CalibrationError: NaN or infinite logits, or a perplexity worse than chance.
+    """
+    sites = runtime.sites
+    sizes = [site.intermediate_size for site in sites]
+    keep_moments = not select and 4 * sum(f * f for f in sizes) <= moment_bytes
+    device = input_device(runtime.model)
+    zeros = [torch.zeros(f, device=device) for f in sizes]
+    power, mean = zeros, [z.clone() for z in zeros]
+    moment: list[Tensor | None] = [torch.zeros(f, f, device=device) if keep_moments else None for f in sizes]
+    samples: list[list[Tensor]] = [[] for _ in sites]
+    step = max(1, windows.n_tokens // _IMPORTANCE_ROWS)
+    total_nll, seen = 0.0, 0
+
+    def on_ffn(i: int, x: Tensor, h: Tensor) -> None:
+        if select:
+            importance = runtime.weights.importance(i)
+            if importance is not None:
+                samples[i].append(importance(x[::step]).flatten().float().cpu())
+            return
+        h = h.float()
+        _add(power, i, h.square().sum(0))
+        _add(mean, i, h.sum(0))
+        if keep_moments:
+            second = moment[i]
+            assert second is not None
+            second.add_((h.T @ h).to(second.device))
+
+    rows = 0
+    with runtime.observe(on_ffn=on_ffn):
+        for batch in stream(runtime, windows, progress, "statistics"):
+            logits = scored_logits(runtime.model, batch)
+            nll = nll_of_logits(logits, batch.targets)
+            try:
+                check_finite(nll, batch)
+            except EvaluationError as error:
+                raise CalibrationError(f"calibration needs finite logits: {error}") from error
+            total_nll += float(nll.double().sum())
+            seen += nll.numel()
+            rows += batch.input_ids.numel()
+    perplexity = float(torch.tensor(total_nll / seen, dtype=torch.float64).exp())
+    check_dense(runtime, perplexity)
+    return Statistics(
+        tokens=seen,
+        dense_perplexity=perplexity,
+        power=[p.cpu() / rows for p in power],
+        mean=[m.cpu() / rows for m in mean],
+        moment=[None if m is None else m.cpu() / rows for m in moment],
+        importance=[_sorted_sample(values) for values in samples] if select else [],
+    )
+
+
+def _add(totals: list[Tensor], i: int, values: Tensor) -> None:
+    totals[i] = totals[i].to(values.device).add_(values)
+
+
+def _sorted_sample(values: list[Tensor]) -> Tensor:
+    merged = torch.cat(values)
+    if merged.numel() > _IMPORTANCE_VALUES:
+        keep = torch.randperm(merged.numel(), generator=torch.Generator().manual_seed(0))[:_IMPORTANCE_VALUES]
+        merged = merged[keep]
+    return merged.sort().values

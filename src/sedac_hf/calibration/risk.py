@@ -1,0 +1,138 @@
+"""Risk targets (per-token KL of cutting what is behind a checkpoint) and the probes that predict them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_hf.calibration.collect import stream
+from sedac_hf.errors import CalibrationError
+from sedac_hf.evaluation import WindowSet, kl_to, scored_logits
+from sedac_hf.ops.contract import Compensation, OperatingPoint
+from sedac_hf.probes import ProbeBank
+from sedac_hf.runtime import SedacRuntime
+
+_EPOCHS, _BATCH, _RATE, _DECAY, _PATIENCE = 24, 256, 2e-3, 1e-2, 5
+
+
+@dataclass
+class RiskTargets:
+    """Per checkpoint: hidden bfloat16 [n, d] and KL float32 [n] in nats of the scored tokens, in stream order."""
+
+    hidden: list[Tensor]
+    kl: list[Tensor]
+
+
+def risk_targets(
+    runtime: SedacRuntime,
+    windows: WindowSet,
+    points: Sequence[OperatingPoint],
+    compensation: Sequence[Compensation | None] | None,
+    *,
+    progress: bool,
+) -> RiskTargets:
+    """KL between full output and output with all FFNs behind a checkpoint at ``points``, for each checkpoint.
+
+    Hidden states after the first checkpoint are read from the cut stream, as probes will see them.
+    """
+    n = len(runtime.checkpoint_layers)
+    hidden: list[list[Tensor]] = [[] for _ in range(n)]
+    kl: list[list[Tensor]] = [[] for _ in range(n)]
+    scored: Tensor = torch.zeros(0)
+    wanted: set[int] = set()
+
+    def on_checkpoint(idx: int, states: Tensor) -> None:
+        if idx in wanted:
+            hidden[idx].append(states[scored.to(states.device)].bfloat16().cpu())
+
+    with runtime.observe(on_checkpoint=on_checkpoint):
+        for batch in stream(runtime, windows, progress, "risk"):
+            last = torch.zeros(batch.scored.shape[0], 1, dtype=torch.bool, device=batch.scored.device)
+            scored = torch.cat((batch.scored, last), dim=1).flatten()
+            wanted = {0}
+            dense = scored_logits(runtime.model, batch)
+            for idx in range(n):
+                wanted = set(range(1, n)) if idx == 0 else set()
+                behind = [p if s >= idx else None for p, s in zip(points, runtime.segments, strict=True)]
+                with runtime.forced(behind, compensation):
+                    cut = scored_logits(runtime.model, batch)
+                kl[idx].append(kl_to(dense, cut, torch.float32).cpu())
+            wanted = set()
+    result = RiskTargets([torch.cat(h) for h in hidden], [torch.cat(k) for k in kl])
+    if not all(bool(torch.isfinite(k).all()) for k in result.kl):
+        raise CalibrationError("the KL between full and cut output must be finite; got NaN or infinity for some tokens")
+    return result
+
+
+def fit_probes(
+    targets: RiskTargets, layers: Sequence[int], n_fit: int, *, rank: int, seed: int
+) -> tuple[ProbeBank, tuple[float, ...], np.ndarray, tuple[float, ...]]:
+    """Fit one probe per checkpoint on the first ``n_fit`` tokens, stop early on the others.
+
+    Returns:
+        The probes; x0 per checkpoint (median KL, nats); risks of the other tokens float32 [n_checkpoints, n]; Spearman
+        rank correlation of predicted and true KL on them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        bank = ProbeBank(targets.hidden[0].shape[1], rank, layers)
+    finally:
+        torch.random.set_rng_state(state)
+    scales, risks, quality = [], [], []
+    for i, layer in enumerate(layers):
+        kl = targets.kl[i]
+        x0 = max(float(kl[:n_fit].median()), 1e-12)
+        target = torch.log1p(kl / x0)
+        _fit_one(bank[layer], targets.hidden[i], target, n_fit, generator)
+        bank[layer].round_parameters()
+        with torch.no_grad():
+            risk = bank[layer](targets.hidden[i][n_fit:])
+        scales.append(x0)
+        risks.append(risk.numpy())
+        quality.append(rank_correlation(risk.numpy(), kl[n_fit:].numpy()))
+    return bank.requires_grad_(False).eval(), tuple(scales), np.stack(risks), tuple(quality)
+
+
+def _fit_one(
+    probe: torch.nn.Module, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator
+) -> None:
+    with torch.no_grad():  # softplus(out.bias) = mean target: learning starts from the constant
+        probe.out.bias.fill_(float(torch.log(torch.expm1(target[:n_fit].mean().clamp(min=1e-3)))))
+        probe.out.weight.mul_(0.1)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=_RATE, weight_decay=_DECAY)
+    best, best_state, since = float("inf"), None, 0
+    for epoch in range(_EPOCHS):
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * (1 - epoch / _EPOCHS)
+        order = torch.randperm(n_fit, generator=generator)
+        for part in order.split(_BATCH):
+            with torch.enable_grad():
+                loss = torch.nn.functional.mse_loss(probe(hidden[part]), target[part])
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            error = float(torch.nn.functional.mse_loss(probe(hidden[n_fit:]), target[n_fit:]))
+        if error < best:
+            best, since = error, 0
+            best_state = {name: value.clone() for name, value in probe.state_dict().items()}
+        else:
+            since += 1
+            if since == _PATIENCE:
+                break
+    if best_state is not None:
+        probe.load_state_dict(best_state)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one of them is constant."""
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64) for values in (a, b)]
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
