@@ -5,6 +5,8 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["CascadeController", "ForwardPass"]
+
 @final
 class CascadeController:
     def __new__(
