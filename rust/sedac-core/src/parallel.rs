@@ -7,15 +7,16 @@ use rayon::{
     ThreadPool, ThreadPoolBuilder,
 };
 
-/// Tokens that one task takes: some 20 us of work in a step, against 0.3 us to hand it out.
+/// Tokens that one task takes: about 18 us of work in a step.
 pub(crate) const CHUNK: usize = 8 * 1024;
 
 /// Token-steps (tokens x checkpoints) from which threads are tried.
 ///
 /// Measured by `cargo bench -p sedac-core` with this set to 1, under `RAYON_NUM_THREADS=1` and `=2`, on two cores of an
-/// AMD EPYC: handing work out costs 14 us, a step 2.2 ns per token, a batch with its ratios 3.4 ns per token-step. Two
-/// free cores break even near 15,000; here, where the serial work is 140 us or more, threads cost at most a tenth
-/// when no core is free.
+/// AMD EPYC that were busy with other work: using the pool costs 14 us, a step 2.2 ns per token, a batch with its
+/// ratios 3.4 ns per token-step (fastest tenth of the runs). By arithmetic two *free* cores then break even near 13,000
+/// tokens of a step. On busy cores threads gained nothing at any size and at times lost, so they start well above
+/// that, where a step takes 140 us. Free cores have not been measured.
 pub(crate) const PARALLEL_FROM: usize = 64 * 1024;
 
 /// The pool, and the process that its threads live in.
