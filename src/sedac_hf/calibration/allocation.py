@@ -1,8 +1,8 @@
 """How much of each FFN one global threshold leaves: the FFNs share out the work by what their units are worth.
 
-Leaving out unit j of FFN i for a token harms about as ``c_i^2 * importance_j^2``, where the *sensitivity* ``c_i^2`` is KL
-per unit of importance squared that is left out (see `sensitivity`). Minimising the summed harm at a given cost is then
-one threshold T for all FFNs (the Lagrangian condition): unit j is used where ``c_i * importance_j >= T``.
+Leaving out unit j of FFN i for a token harms about as ``c_i^2 * importance_j^2``, where the *sensitivity* ``c_i^2`` is
+KL per unit of importance squared that is left out (see `sensitivity`). Minimising the summed harm at a given cost is
+then one threshold T for all FFNs (the Lagrangian condition): unit j is used where ``c_i * importance_j >= T``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ _CLOSE = 0.005  # a step of the dial that is not worth another run
 class Judged:
     """One dial position on the held-out part.
 
-    share: asked for; needed_bytes, needed_multiply_adds: measured there; rise, bound: of mean log-perplexity, nats.
+    share: asked for; needed_bytes, needed_multiply_adds: measured there; rise, bound: of mean log-perplexity, nats;
+    mean_ratios: share skipped behind each checkpoint.
     """
 
     share: float
@@ -29,6 +30,7 @@ class Judged:
     rise: float
     bound: float
     cut_scores: DocumentScores
+    mean_ratios: tuple[float, ...] = ()
 
     @property
     def ppl_increase(self) -> float:
@@ -87,7 +89,9 @@ def certify(
         share = proposed
     kept = [item for item in tried if item.bound <= limit]
     if not kept:
-        seen = ", ".join(f"{item.share:.0%}: +{item.ppl_increase:.2%} (bound +{item.ppl_increase_bound:.2%})" for item in tried)
+        seen = ", ".join(
+            f"{item.share:.0%}: {item.ppl_increase:+.2%} (bound {item.ppl_increase_bound:+.2%})" for item in tried
+        )
         raise CalibrationError(
             f"no policy keeps the budget of +{budget:.2%} perplexity; tried needed shares {seen}. Give a larger "
             "budget, or more documents if the bounds are far above the estimates"

@@ -49,8 +49,8 @@ def check_tokenizer(runtime: SedacRuntime, *parts: WindowSet) -> None:
     largest = max(part.max_token_id for part in parts)
     if vocabulary is not None and largest >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer must fit the model: it gave the token id {largest}, the model's embedding has {vocabulary} "
-            "rows; load the tokenizer that belongs to the model"
+            f"the tokenizer must fit the model: it gave the token id {largest}, the model's embedding has "
+            f"{vocabulary} rows; load the tokenizer that belongs to the model"
         )
 
 

@@ -1,9 +1,8 @@
-"""Everything that calibration fits before the budget is looked at: statistics, allocation, probes, shape of the law."""
+"""All that calibration fits before the budget is looked at: statistics, allocation, probes, shape of the law."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -11,21 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_hf.calibration.allocation import Allocation, SelectAllocation, TruncateAllocation, threshold_for
+from sedac_hf.calibration.allocation import Allocation, threshold_for
 from sedac_hf.calibration.collect import Statistics, collect, stream
-from sedac_hf.calibration.compensate import fit_compensation
 from sedac_hf.calibration.dial import Dial
+from sedac_hf.calibration.importance import no_compensation, select_allocation, truncate_allocation
 from sedac_hf.calibration.law import fit_shape
 from sedac_hf.calibration.risk import fit_probes, risk_targets
-from sedac_hf.calibration.sensitivity import sensitivities
 from sedac_hf.calibration.text import CalibrationText
 from sedac_hf.configuration import Cut, Objective
 from sedac_hf.errors import CalibrationError
-from sedac_hf.evaluation import Batch, WindowSet, kl_to, scored_logits
-from sedac_hf.ffn.compensation import LevelCompensation
-from sedac_hf.ops.contract import OperatingPoint
+from sedac_hf.evaluation import Batch, Window, WindowSet, kl_to, scored_logits
 from sedac_hf.runtime import SedacRuntime
-from sedac_hf.runtime.stats import NEEDED_ELEMENT_BYTES
 
 SPREADS = (0.4, 0.8)
 """Tried against 0 (a constant level)."""
@@ -33,7 +28,6 @@ SPREADS = (0.4, 0.8)
 _SENSITIVITY_TOKENS = 2048
 _REFERENCE_BYTES = 1 << 30  # dense logits held while settings are compared
 _CHECK_SHARE = 0.25  # of the fit part, for what must not be fitted on the probes' own tokens
-_RANK_DIVISOR = 24  # hidden size over rank of the compensation: the best trade measured, at 1.4% of FFN bytes
 _HARM_FLOOR = 0.01  # of x0, added to a token's KL before the logarithm
 
 
@@ -108,8 +102,8 @@ def fit(
     governed = [i for i, segment in enumerate(runtime.segments) if segment >= 0]
     if not governed:
         raise CalibrationError(
-            f"a checkpoint must have an FFN behind it, got checkpoint layers {list(runtime.checkpoint_layers)} and the "
-            "last FFN before them: choose earlier checkpoint layers"
+            f"a checkpoint must have an FFN behind it, got checkpoint layers {list(runtime.checkpoint_layers)} and "
+            "the last FFN before them: choose earlier checkpoint layers"
         )
     try:
         if select:
@@ -119,10 +113,10 @@ def fit(
         allocation: Allocation
         if select:
             order = None
-            allocation = _select_allocation(runtime, statistics, first, progress)
-            compensator = _no_compensation
+            allocation = select_allocation(runtime, statistics, first, progress)
+            compensator = no_compensation
         else:
-            order, compensator, allocation = _truncate_allocation(
+            order, compensator, allocation = truncate_allocation(
                 runtime, statistics, first, compensation_memory, progress
             )
         middle = threshold_for(allocation, 0.5, governed)
@@ -165,23 +159,25 @@ def _compare(
     check: WindowSet,
     progress: bool,
 ) -> Fitted:
-    """Find how harm falls with the share, then the spread that harms least at equal share; a constant level included."""
+    """Find how harm falls with the share, then the spread that harms least at equal share, a constant included."""
     share = 0.5 if dial.cut == "select" else 0.75
     reference = Reference(runtime, check, check.n_tokens)
     runs = []
     for asked in (share - 0.08, share + 0.08):
-        points, compensation, reached = dial.constant(asked)
+        points, compensation, _ = dial.constant(asked)
         kl, needed = reference.kl(runtime.forced(points, compensation))
         runs.append((needed, math.log(kl)))
     (low, harsh), (high, mild) = runs
     rate = max((harsh - mild) / max(high - low, 1e-3), 1.0)
     share = (low + high) / 2 + dial.probe_share
     keep = float(np.clip(share, 0.1, 0.9))
-    found: dict[float, float] = {0.0: math.exp((harsh + mild) / 2)}
-    found[0.0] = _constant_kl(runtime, dial, reference, share, rate)
-    best, best_dial = 0.0, dial
+    points, compensation, _ = dial.constant(share)
+    kl, needed = reference.kl(runtime.forced(points, compensation))
+    found = {0.0: kl * math.exp(rate * (needed - share))}
+    # A constant could do without probes, but as a policy it has them: that is what the law must beat to be chosen.
+    best, best_dial, least = 0.0, dial, found[0.0] * math.exp(rate * dial.probe_share)
     for spread in SPREADS:
-        trial = replace(dial, gain=spread / (4 * rate * keep * (1 - keep)), _level_compensation=dial._level_compensation)
+        trial = replace(dial, gain=spread / (4 * rate * keep * (1 - keep)), offset=0.0)
         needed = 0.0
         for _ in range(2):  # once to see what the tokens really use, once with that put right
             runtime.install(trial.policy(share))
@@ -191,97 +187,18 @@ def _compare(
             if abs(needed - share) < 0.004:
                 break
         found[spread] = kl * math.exp(rate * (needed - share))
-        if found[spread] < found[best]:
-            best, best_dial = spread, trial
+        if found[spread] < least:
+            best, best_dial, least = spread, trial, found[spread]
     return Fitted(
         dial=best_dial,
         statistics=statistics,
         quality=quality,
         rate=rate,
         middle=share,
-        log_kl=math.log(found[best]),
+        log_kl=math.log(least),
         spread=best,
         fit_kl=found,
     )
-
-
-def _constant_kl(runtime: SedacRuntime, dial: Dial, reference: Reference, share: float, rate: float) -> float:
-    """KL of the best constant operating points at ``share`` minus nothing: a constant needs no probes."""
-    points, compensation, _ = dial.constant(share)
-    kl, needed = reference.kl(runtime.forced(points, compensation))
-    return kl * math.exp(rate * (needed - share))
-
-
-def _select_allocation(
-    runtime: SedacRuntime, statistics: Statistics, windows: WindowSet, progress: bool
-) -> SelectAllocation:
-    importance = [values.double().numpy() for values in statistics.importance]
-    sizes = [site.intermediate_size for site in runtime.sites]
-    medians = [float(values[len(values) // 2]) for values in importance]
-    points = [OperatingPoint(f, m) for f, m in zip(sizes, medians, strict=True)]
-    left_out = [
-        f * float(np.square(values[: len(values) // 2]).sum()) / len(values)
-        for f, values in zip(sizes, importance, strict=True)
-    ]
-    measured = sensitivities(runtime, windows, points, left_out, progress=progress)
-    costs = runtime.weights.costs()
-    parameters = np.asarray([cost.parameters for cost in costs], dtype=np.float64)
-    overhead = np.asarray([cost.shadow_bytes for cost in costs]) / (NEEDED_ELEMENT_BYTES * parameters)
-    return SelectAllocation(importance, measured, sizes, parameters, overhead)
-
-
-def _truncate_allocation(
-    runtime: SedacRuntime, statistics: Statistics, windows: WindowSet, memory: float, progress: bool
-) -> tuple[tuple[Tensor | None, ...], _Compensator, TruncateAllocation]:
-    worth = []
-    for site, power in zip(runtime.sites, statistics.power, strict=True):
-        norm = torch.linalg.vector_norm(site.parts()[2].detach(), dim=0, dtype=torch.float32).cpu()
-        worth.append(power.sqrt() * norm)
-    order = tuple(values.argsort(descending=True, stable=True) for values in worth)
-    runtime.weights.reorder(order)
-    costs = runtime.weights.costs()
-    parameters = np.asarray([cost.parameters for cost in costs], dtype=np.float64)
-    compensator = _Compensator(runtime, statistics, order, _rank(runtime, statistics, memory))
-    ordered = [values[places].double().numpy() for values, places in zip(worth, order, strict=True)]
-    points = [OperatingPoint(max(site.intermediate_size // 2, 1)) for site in runtime.sites]
-    left_out = [float(np.square(values[point.width :]).sum()) for values, point in zip(ordered, points, strict=True)]
-    compensation = [compensator(i, {1: point.width}, 2) for i, point in enumerate(points)]
-    measured = sensitivities(runtime, windows, points, left_out, compensation=compensation, progress=progress)
-    return order, compensator, TruncateAllocation(ordered, measured, parameters, runtime.hidden_size, compensator.rank)
-
-
-def _rank(runtime: SedacRuntime, statistics: Statistics, memory: float) -> int:
-    """Rank of the compensation: what pays, as far as the memory cap allows (all levels of all FFNs are stored)."""
-    if any(second is None for second in statistics.moment):
-        return 0
-    base = sum(parameter.numel() for parameter in runtime.model.parameters())
-    d = runtime.hidden_size
-    per_rank = sum(7 * (d + site.intermediate_size // 2) for site in runtime.sites)
-    return int(min(max(d // _RANK_DIVISOR, 4), memory * base / per_rank))
-
-
-class _Compensator:
-    """Fits compensation of a site from the statistics, put in channel order."""
-
-    def __init__(
-        self, runtime: SedacRuntime, statistics: Statistics, order: tuple[Tensor, ...], rank: int
-    ) -> None:
-        self.down = [site.parts()[2].detach().float().cpu().clone() for site in runtime.sites]
-        self.mean = [mean[places] for mean, places in zip(statistics.mean, order, strict=True)]
-        self.statistics = statistics
-        self.order = order
-        self.rank = rank
-
-    def __call__(self, site: int, widths: Mapping[int, int], n_levels: int) -> LevelCompensation | None:
-        second = self.statistics.moment[site] if self.rank else None
-        if second is not None:
-            places = self.order[site]
-            second = second[places][:, places]
-        return fit_compensation(self.down[site], self.mean[site], second, widths, n_levels, self.rank)
-
-
-def _no_compensation(site: int, widths: Mapping[int, int], n_levels: int) -> LevelCompensation | None:
-    return None
 
 
 def _first_windows(windows: WindowSet, tokens: int) -> WindowSet:
@@ -295,7 +212,8 @@ def _first_windows(windows: WindowSet, tokens: int) -> WindowSet:
 
 
 def _last_windows(windows: WindowSet, tokens: int) -> WindowSet:
-    kept, seen = [], 0
+    kept: list[Window] = []
+    seen = 0
     for window in reversed(windows.windows):
         if kept and seen + window.n_scored > tokens:
             break

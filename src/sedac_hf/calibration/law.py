@@ -1,8 +1,8 @@
 """The law's parameters as a one-parameter dial.
 
-Harm of a token falls about exponentially with the share s that it is given: ``KL_t(s) = h_t exp(-a s)``. The least total
-harm at a given mean share then gives ``s_t = mean + (ln h_t - mean ln h) / a``: affine in log harm, with a slope that does
-not depend on the mean. The law can follow that: C is affine in the risks, and the keep it stands for is
+Harm of a token falls about exponentially with the share s that it is given: ``KL_t(s) = h_t exp(-a s)``. The least
+total harm at a given mean share then gives ``s_t = mean + (ln h_t - mean ln h) / a``: affine in log harm, with a slope
+that does not depend on the mean. The law can follow that: C is affine in the risks, and the keep it stands for is
 ``1 / (1 + exp(4 C - 2))``. So the *shape* (decay, slopes) is fitted once, by regression of log harm on the risks, and
 the *centre* is the dial. *Spread* scales the slopes: 1 trusts the probes fully, 0 is a constant level.
 """

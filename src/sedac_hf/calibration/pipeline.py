@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from sedac_hf.calibration.certify import Judged, certify, judge
 from sedac_hf.calibration.collect import check_dense, check_tokenizer
 from sedac_hf.calibration.fitting import Fitted, fit
-from sedac_hf.calibration.report import CalibrationReport, CheckpointReport
-from sedac_hf.calibration.text import CalibrationText, make_text
+from sedac_hf.calibration.outcome import choose, constant_beside, perplexity_of, report_of, score_held_out
+from sedac_hf.calibration.report import CalibrationReport
+from sedac_hf.calibration.text import make_text
 from sedac_hf.configuration import DEFAULT_N_LEVELS, DEFAULT_PROBE_RANK, Objective
-from sedac_hf.errors import CalibrationError, EvaluationError
-from sedac_hf.evaluation import DocumentScores, score
+from sedac_hf.errors import CalibrationError
+from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.scoring import evaluating
-from sedac_hf.ffn.policy import Policy
 from sedac_hf.runtime import SedacRuntime
 
 FIT_TOKENS = 20480
@@ -104,30 +102,32 @@ def calibrate(
     runtime.uninstall()
     try:
         with evaluating(runtime.model), torch.no_grad():
-            kept = _kept(runtime, (text.fingerprint, n_levels, probe_rank, compensation_memory, moment_bytes))
+            settings = (text.fingerprint, n_levels, probe_rank, compensation_memory, moment_bytes)
+            kept = _kept(runtime, (*_fingerprint(runtime), *settings))
             if kept.dense is None:
-                kept.dense = _score(runtime, text, progress, "dense perplexity")
-                check_dense(runtime, _perplexity(kept.dense))
+                kept.dense = score_held_out(runtime, text, progress, "dense perplexity")
+                check_dense(runtime, perplexity_of(kept.dense))
             if objective not in kept.fitted:
                 kept.fitted[objective] = fit(
                     runtime, text, objective, n_levels=n_levels, probe_rank=probe_rank, seed=seed, progress=progress,
                     compensation_memory=compensation_memory, moment_bytes=moment_bytes,
                 )  # fmt: skip
             fitted = kept.fitted[objective]
-            chosen, tried = _choose(
+            chosen, tried = choose(
                 runtime, fitted, text, kept.dense, max_ppl_increase, share, confidence, seed, progress
             )
-            constant = _constant(runtime, fitted, text, kept.dense, chosen.needed_bytes, confidence, seed, progress)
+            constant = constant_beside(
+                runtime, fitted, text, kept.dense, chosen.needed_bytes, confidence, seed, progress
+            )
             policy = fitted.dial.policy(chosen.share)
             runtime.install(policy)
-            ratios = _mean_ratios(runtime, text, progress)
     except BaseException:
         runtime.uninstall()
         if former is not None:
             runtime.install(former)
         raise
-    return _report(
-        runtime, policy, fitted, text, kept.dense, chosen, tried, constant, ratios, confidence,
+    return report_of(
+        runtime, policy, fitted, text, kept.dense, chosen, tried, constant, confidence,
         None if share is not None else max_ppl_increase, share, time.monotonic() - started,
     )  # fmt: skip
 
@@ -151,158 +151,12 @@ def _check_arguments(
 
 def _kept(runtime: SedacRuntime, key: tuple[Any, ...]) -> _Kept:
     kept = _KEPT.get(runtime)
-    weights = tuple(site.down.weight._version for site in runtime.sites if hasattr(site.down, "weight"))
-    del weights
     if kept is None or kept.key != key:
         kept = _KEPT[runtime] = _Kept(key)
     return kept
 
 
-def _score(runtime: SedacRuntime, text: CalibrationText, progress: bool, description: str) -> DocumentScores:
-    try:
-        return score(runtime.model, text.held_out, progress=progress, description=description)
-    except EvaluationError as error:
-        raise CalibrationError(f"the held-out part cannot be scored: {error}") from error
-
-
-def _perplexity(scores: DocumentScores) -> float:
-    return math.exp(min(float(scores.nll.sum() / scores.tokens.sum()), 700.0))
-
-
-def _choose(
-    runtime: SedacRuntime,
-    fitted: Fitted,
-    text: CalibrationText,
-    dense: DocumentScores,
-    budget: float,
-    share: float | None,
-    confidence: float,
-    seed: int,
-    progress: bool,
-) -> tuple[Judged, list[Judged]]:
-    dial = fitted.dial
-
-    def run(asked: float) -> Judged:
-        runtime.install(dial.policy(asked))
-        runtime.tally.reset()
-        cut = _score(runtime, text, progress, f"needed share {asked:.2f}")
-        stats = runtime.stats()
-        runtime.uninstall()
-        rise, bound = judge(dense, cut, confidence, seed)
-        return Judged(asked, stats.needed_bytes_share, stats.needed_multiply_adds_share, rise, bound, cut)
-
-    if share is not None:
-        if share < dial.least_share:
-            raise CalibrationError(
-                f"`share` must be at least {dial.least_share:.3f} for this decoder (level 1 of {dial.n_levels} with "
-                f"its costs), got {share}"
-            )
-        judged = run(share)
-        return judged, [judged]
-    # Where KL stands for the rise of log-perplexity, and its bound lies some way above it.
-    start = fitted.middle + (fitted.log_kl - math.log(0.75 * math.log1p(budget))) / fitted.rate
-    return certify(run, budget, start, fitted.rate, dial.least_share)
-
-
-def _constant(
-    runtime: SedacRuntime,
-    fitted: Fitted,
-    text: CalibrationText,
-    dense: DocumentScores,
-    share: float,
-    confidence: float,
-    seed: int,
-    progress: bool,
-) -> Judged:
-    """The best constant operating points at the same needed share, without probes, on the same text."""
-    dial = fitted.dial
-    runtime.weights.reorder(dial.channel_order)
-    try:
-        if dial.cut == "select":
-            runtime.build_shadows()
-        points, compensation, _ = dial.constant(share)
-        with runtime.forced(points, compensation):
-            runtime.tally.reset()
-            cut = _score(runtime, text, progress, "constant level")
-            stats = runtime.stats()
-    finally:
-        runtime.uninstall()
-    rise, bound = judge(dense, cut, confidence, seed)
-    return Judged(share, stats.needed_bytes_share, stats.needed_multiply_adds_share, rise, bound, cut)
-
-
-def _mean_ratios(runtime: SedacRuntime, text: CalibrationText, progress: bool) -> list[float]:
-    return [item.mean_ratio for item in runtime.stats().checkpoints]
-
-
-def _report(
-    runtime: SedacRuntime,
-    policy: Policy,
-    fitted: Fitted,
-    text: CalibrationText,
-    dense: DocumentScores,
-    chosen: Judged,
-    tried: list[Judged],
-    constant: Judged,
-    ratios: list[float],
-    confidence: float,
-    budget: float | None,
-    share: float | None,
-    seconds: float,
-) -> CalibrationReport:
-    dial = fitted.dial
-    middle = dial.allocation.points(0.0)
-    del middle
-    notes = []
-    if dial.cut == "truncate" and any(second is None for second in fitted.statistics.moment):
-        notes.append("second moments need more than `moment_bytes`: compensation is a bias alone")
-    if share is not None:
-        notes.append("a share was asked for: the bound says what it costs, no budget was kept")
-    from sedac_hf.calibration.allocation import threshold_for
-
-    keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.probe_share))
-    dtype = next(p.dtype for p in runtime.model.parameters() if p.is_floating_point())
-    return CalibrationReport(
-        objective=dial.objective,
-        cut=dial.cut,
-        max_ppl_increase=budget,
-        requested_share=share,
-        needed_bytes=chosen.needed_bytes,
-        needed_multiply_adds=chosen.needed_multiply_adds,
-        dense_perplexity=_perplexity(dense),
-        perplexity=_perplexity(chosen.cut_scores),
-        ppl_increase=chosen.ppl_increase,
-        ppl_increase_bound=chosen.ppl_increase_bound,
-        confidence=confidence,
-        constant_share=constant.needed_bytes,
-        constant_ppl_increase=constant.ppl_increase,
-        fit_kl=fitted.fit_kl[fitted.spread],
-        fit_constant_kl=fitted.fit_kl[0.0],
-        spread=fitted.spread,
-        protocol=text.held_out.protocol,
-        context=text.held_out.context,
-        fit_tokens=text.fit.n_tokens,
-        held_out_tokens=text.held_out.n_tokens,
-        held_out_documents=int(np.count_nonzero(dense.tokens)),
-        n_levels=dial.n_levels,
-        confidence_decay=policy.confidence_decay,
-        dtype=str(dtype).removeprefix("torch."),
-        seconds=seconds,
-        checkpoints=tuple(
-            CheckpointReport(
-                layer_idx=item.layer_idx,
-                target=item.target_exit_rate,
-                threshold=item.initial_threshold,
-                weight=item.confidence_weight,
-                rank_correlation=quality,
-                risk_scale=scale,
-                mean_ratio=ratio,
-            )
-            for item, quality, scale, ratio in zip(
-                policy.layer_configs, fitted.quality, dial.risk_scale, ratios, strict=True
-            )
-        ),
-        layer_keep=tuple(float(keep) for keep in keeps),
-        tried=tuple((item.share, item.ppl_increase, item.ppl_increase_bound) for item in tried),
-        notes=tuple(notes),
-    )
+def _fingerprint(runtime: SedacRuntime) -> tuple[float, ...]:
+    """Tells one set of base weights from another (trained further, say); taken in natural order."""
+    ends = [p for site in (runtime.sites[0], runtime.sites[-1]) for p in site.down.parameters()]
+    return tuple(float(p.detach().float().sum()) for p in ends if p.is_floating_point() and not p.is_meta)

@@ -104,9 +104,15 @@ class CalibrationReport:
             ("asked for", asked),
             ("FFN bytes not needed", f"{1 - self.needed_bytes:.1%} (costs counted, bf16 base)"),
             ("FFN multiply-adds not needed", f"{1 - self.needed_multiply_adds:.1%}"),
-            ("perplexity", f"{self.dense_perplexity:.3f} -> {self.perplexity:.3f} (+{self.ppl_increase:.2%})"),
-            ("upper bound", f"+{self.ppl_increase_bound:.2%} at {self.confidence:.0%} over {self.held_out_documents} documents"),
-            ("constant level, same share", f"+{self.constant_ppl_increase:.2%} ({1 - self.constant_share:.1%} not needed)"),
+            ("perplexity", f"{self.dense_perplexity:.3f} -> {self.perplexity:.3f} ({self.ppl_increase:+.2%})"),
+            (
+                "upper bound",
+                f"{self.ppl_increase_bound:+.2%} at {self.confidence:.0%} over {self.held_out_documents} documents",
+            ),
+            (
+                "constant level, same share",
+                f"{self.constant_ppl_increase:+.2%} ({1 - self.constant_share:.1%} not needed)",
+            ),
             ("law against constant", self._verdict()),
             ("spread, decay", f"{self.spread:g}, {self.confidence_decay:g}"),
         ]
@@ -122,8 +128,8 @@ class CalibrationReport:
         rows.append(
             (
                 "measured on",
-                f"{self.held_out_tokens} held-out tokens, {self.protocol}, context {self.context}, {self.dtype}; fitted "
-                f"on {self.fit_tokens}; {self.seconds:.0f} s",
+                f"{self.held_out_tokens} held-out tokens, {self.protocol}, context {self.context}, {self.dtype}; "
+                f"fitted on {self.fit_tokens}; {self.seconds:.0f} s",
             )
         )
         for note in self.notes:

@@ -13,7 +13,7 @@ from sedac_hf.calibration.collect import stream
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import WindowSet, kl_to, scored_logits
 from sedac_hf.ops.contract import Compensation, OperatingPoint
-from sedac_hf.probes import ProbeBank
+from sedac_hf.probes import ProbeBank, RiskProbe
 from sedac_hf.runtime import SedacRuntime
 
 _EPOCHS, _BATCH, _RATE, _DECAY, _PATIENCE = 24, 256, 2e-3, 1e-2, 5
@@ -64,7 +64,7 @@ def risk_targets(
             wanted = set()
     result = RiskTargets([torch.cat(h) for h in hidden], [torch.cat(k) for k in kl])
     if not all(bool(torch.isfinite(k).all()) for k in result.kl):
-        raise CalibrationError("the KL between full and cut output must be finite; got NaN or infinity for some tokens")
+        raise CalibrationError("the KL between full and cut output must be finite; got NaN or infinity")
     return result
 
 
@@ -100,7 +100,7 @@ def fit_probes(
 
 
 def _fit_one(
-    probe: torch.nn.Module, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator
+    probe: RiskProbe, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator
 ) -> None:
     with torch.no_grad():  # softplus(out.bias) = mean target: learning starts from the constant
         probe.out.bias.fill_(float(torch.log(torch.expm1(target[:n_fit].mean().clamp(min=1e-3)))))

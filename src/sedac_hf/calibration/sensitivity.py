@@ -25,7 +25,7 @@ def sensitivities(
     compensation: Sequence[Compensation | None] | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """c_i^2 of each FFN, float64 [n_sites]: its KL at ``points[i]`` over the squared importance that is left out there.
+    """c_i^2 of each FFN, float64 [n_sites]: its KL at ``points[i]`` over the squared importance left out there.
 
     Args:
         points: where each FFN is measured, the others being whole.

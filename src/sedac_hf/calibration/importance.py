@@ -1,0 +1,99 @@
+"""What the units are worth: the channel order, and how the work is shared out between the FFNs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_hf.calibration.allocation import SelectAllocation, TruncateAllocation
+from sedac_hf.calibration.collect import Statistics
+from sedac_hf.calibration.compensate import fit_compensation
+from sedac_hf.calibration.sensitivity import sensitivities
+from sedac_hf.evaluation import WindowSet
+from sedac_hf.ffn.compensation import LevelCompensation
+from sedac_hf.ops.contract import OperatingPoint
+from sedac_hf.runtime import SedacRuntime
+from sedac_hf.runtime.stats import NEEDED_ELEMENT_BYTES
+
+_RANK_DIVISOR = 24  # hidden size over rank of the compensation: the best trade measured, at 1.4% of FFN bytes
+
+
+def select_allocation(
+    runtime: SedacRuntime, statistics: Statistics, windows: WindowSet, progress: bool
+) -> SelectAllocation:
+    """Thresholds on the importance; each FFN's sensitivity is measured at its median importance."""
+    importance = [values.double().numpy() for values in statistics.importance]
+    sizes = [site.intermediate_size for site in runtime.sites]
+    medians = [float(values[len(values) // 2]) for values in importance]
+    points = [OperatingPoint(f, m) for f, m in zip(sizes, medians, strict=True)]
+    left_out = [
+        f * float(np.square(values[: len(values) // 2]).sum()) / len(values)
+        for f, values in zip(sizes, importance, strict=True)
+    ]
+    measured = sensitivities(runtime, windows, points, left_out, progress=progress)
+    costs = runtime.weights.costs()
+    parameters = np.asarray([cost.parameters for cost in costs], dtype=np.float64)
+    overhead = np.asarray([cost.shadow_bytes for cost in costs]) / (NEEDED_ELEMENT_BYTES * parameters)
+    return SelectAllocation(importance, measured, sizes, parameters, overhead)
+
+
+def truncate_allocation(
+    runtime: SedacRuntime, statistics: Statistics, windows: WindowSet, memory: float, progress: bool
+) -> tuple[tuple[Tensor | None, ...], Compensator, TruncateAllocation]:
+    """Channel order (rms of h_j times the norm of down's column j), put in place; widths; compensation.
+
+    Each FFN's sensitivity is measured at half its width, compensated.
+    """
+    worth = []
+    for site, power in zip(runtime.sites, statistics.power, strict=True):
+        norm = torch.linalg.vector_norm(site.parts()[2].detach(), dim=0, dtype=torch.float32).cpu()
+        worth.append(power.sqrt() * norm)
+    order = tuple(values.argsort(descending=True, stable=True) for values in worth)
+    runtime.weights.reorder(order)
+    costs = runtime.weights.costs()
+    parameters = np.asarray([cost.parameters for cost in costs], dtype=np.float64)
+    compensator = Compensator(runtime, statistics, order, _rank(runtime, statistics, memory))
+    ordered = [values[places].double().numpy() for values, places in zip(worth, order, strict=True)]
+    points = [OperatingPoint(max(site.intermediate_size // 2, 1)) for site in runtime.sites]
+    left_out = [float(np.square(values[point.width :]).sum()) for values, point in zip(ordered, points, strict=True)]
+    compensation = [compensator(i, {1: point.width}, 2) for i, point in enumerate(points)]
+    measured = sensitivities(runtime, windows, points, left_out, compensation=compensation, progress=progress)
+    return order, compensator, TruncateAllocation(ordered, measured, parameters, runtime.hidden_size, compensator.rank)
+
+
+def _rank(runtime: SedacRuntime, statistics: Statistics, memory: float) -> int:
+    """Rank of the compensation: what pays, as far as the memory cap allows (all levels of all FFNs are stored)."""
+    if any(second is None for second in statistics.moment):
+        return 0
+    base = sum(parameter.numel() for parameter in runtime.model.parameters())
+    d = runtime.hidden_size
+    per_rank = sum(7 * (d + site.intermediate_size // 2) for site in runtime.sites)
+    return int(min(max(d // _RANK_DIVISOR, 4), memory * base / per_rank))
+
+
+class Compensator:
+    """Fits compensation of a site from the statistics, put in channel order."""
+
+    def __init__(
+        self, runtime: SedacRuntime, statistics: Statistics, order: tuple[Tensor, ...], rank: int
+    ) -> None:
+        self.down = [site.parts()[2].detach().float().cpu().clone() for site in runtime.sites]
+        self.mean = [mean[places] for mean, places in zip(statistics.mean, order, strict=True)]
+        self.statistics = statistics
+        self.order = order
+        self.rank = rank
+
+    def __call__(self, site: int, widths: Mapping[int, int], n_levels: int) -> LevelCompensation | None:
+        second = self.statistics.moment[site] if self.rank else None
+        if second is not None:
+            places = self.order[site]
+            second = second[places][:, places]
+        return fit_compensation(self.down[site], self.mean[site], second, widths, n_levels, self.rank)
+
+
+def no_compensation(site: int, widths: Mapping[int, int], n_levels: int) -> LevelCompensation | None:
+    """Selection leaves a different rest for each token: nothing stands in for it."""
+    return None

@@ -1,0 +1,171 @@
+"""What a calibration ends with: the dial position chosen on held-out text, the constant beside it, the report."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sedac_hf.calibration.allocation import threshold_for
+from sedac_hf.calibration.certify import Judged, certify, judge
+from sedac_hf.calibration.fitting import Fitted
+from sedac_hf.calibration.report import CalibrationReport, CheckpointReport
+from sedac_hf.calibration.text import CalibrationText
+from sedac_hf.errors import CalibrationError, EvaluationError
+from sedac_hf.evaluation import DocumentScores, score
+from sedac_hf.ffn.policy import Policy
+from sedac_hf.runtime import SedacRuntime
+
+
+def score_held_out(runtime: SedacRuntime, text: CalibrationText, progress: bool, description: str) -> DocumentScores:
+    """Score the held-out part with the model as it is.
+
+    Raises:
+        CalibrationError: the logits are not finite, or the text does not fit.
+    """
+    try:
+        return score(runtime.model, text.held_out, progress=progress, description=description)
+    except EvaluationError as error:
+        raise CalibrationError(f"the held-out part cannot be scored: {error}") from error
+
+
+def perplexity_of(scores: DocumentScores) -> float:
+    """Perplexity over all documents; capped where it overflows."""
+    return math.exp(min(float(scores.nll.sum() / scores.tokens.sum()), 700.0))
+
+
+def choose(
+    runtime: SedacRuntime,
+    fitted: Fitted,
+    text: CalibrationText,
+    dense: DocumentScores,
+    budget: float,
+    share: float | None,
+    confidence: float,
+    seed: int,
+    progress: bool,
+) -> tuple[Judged, list[Judged]]:
+    """The dial position that keeps the budget (or has the share asked for), and all that were run to find it.
+
+    Raises:
+        CalibrationError: the budget cannot be kept, or the share not reached.
+    """
+    dial = fitted.dial
+
+    def run(asked: float) -> Judged:
+        runtime.install(dial.policy(asked))
+        runtime.tally.reset()
+        cut = score_held_out(runtime, text, progress, f"needed share {asked:.2f}")
+        stats = runtime.stats()
+        runtime.uninstall()
+        rise, bound = judge(dense, cut, confidence, seed)
+        ratios = tuple(item.mean_ratio for item in stats.checkpoints)
+        return Judged(asked, stats.needed_bytes_share, stats.needed_multiply_adds_share, rise, bound, cut, ratios)
+
+    if share is not None:
+        if share < dial.least_share:
+            raise CalibrationError(
+                f"`share` must be at least {dial.least_share:.3f} for this decoder (level 1 of {dial.n_levels} with "
+                f"its costs), got {share}"
+            )
+        judged = run(share)
+        return judged, [judged]
+    # Where KL stands for the rise of log-perplexity, and its bound lies some way above it.
+    start = fitted.middle + (fitted.log_kl - math.log(0.75 * math.log1p(budget))) / fitted.rate
+    return certify(run, budget, start, fitted.rate, dial.least_share)
+
+
+def constant_beside(
+    runtime: SedacRuntime,
+    fitted: Fitted,
+    text: CalibrationText,
+    dense: DocumentScores,
+    share: float,
+    confidence: float,
+    seed: int,
+    progress: bool,
+) -> Judged:
+    """The best constant operating points at the same needed share, without probes, on the same text."""
+    dial = fitted.dial
+    runtime.weights.reorder(dial.channel_order)
+    try:
+        if dial.cut == "select":
+            runtime.build_shadows()
+        points, compensation, _ = dial.constant(share)
+        with runtime.forced(points, compensation):
+            runtime.tally.reset()
+            cut = score_held_out(runtime, text, progress, "constant level")
+            stats = runtime.stats()
+    finally:
+        runtime.uninstall()
+    rise, bound = judge(dense, cut, confidence, seed)
+    return Judged(share, stats.needed_bytes_share, stats.needed_multiply_adds_share, rise, bound, cut)
+
+
+def report_of(
+    runtime: SedacRuntime,
+    policy: Policy,
+    fitted: Fitted,
+    text: CalibrationText,
+    dense: DocumentScores,
+    chosen: Judged,
+    tried: list[Judged],
+    constant: Judged,
+    confidence: float,
+    budget: float | None,
+    share: float | None,
+    seconds: float,
+) -> CalibrationReport:
+    """Put the figures of one calibration together."""
+    dial = fitted.dial
+    notes = []
+    if dial.cut == "truncate" and any(second is None for second in fitted.statistics.moment):
+        notes.append("second moments need more than `moment_bytes`: compensation is a bias alone")
+    if share is not None:
+        notes.append("a share was asked for: the bound says what it costs, no budget was kept")
+    keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.probe_share))
+    dtype = next(p.dtype for p in runtime.model.parameters() if p.is_floating_point())
+    return CalibrationReport(
+        objective=dial.objective,
+        cut=dial.cut,
+        max_ppl_increase=budget,
+        requested_share=share,
+        needed_bytes=chosen.needed_bytes,
+        needed_multiply_adds=chosen.needed_multiply_adds,
+        dense_perplexity=perplexity_of(dense),
+        perplexity=perplexity_of(chosen.cut_scores),
+        ppl_increase=chosen.ppl_increase,
+        ppl_increase_bound=chosen.ppl_increase_bound,
+        confidence=confidence,
+        constant_share=constant.needed_bytes,
+        constant_ppl_increase=constant.ppl_increase,
+        fit_kl=fitted.fit_kl[fitted.spread],
+        fit_constant_kl=fitted.fit_kl[0.0],
+        spread=fitted.spread,
+        protocol=text.held_out.protocol,
+        context=text.held_out.context,
+        fit_tokens=text.fit.n_tokens,
+        held_out_tokens=text.held_out.n_tokens,
+        held_out_documents=int(np.count_nonzero(dense.tokens)),
+        n_levels=dial.n_levels,
+        confidence_decay=policy.confidence_decay,
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=seconds,
+        checkpoints=tuple(
+            CheckpointReport(
+                layer_idx=item.layer_idx,
+                target=item.target_exit_rate,
+                threshold=item.initial_threshold,
+                weight=item.confidence_weight,
+                rank_correlation=quality,
+                risk_scale=scale,
+                mean_ratio=ratio,
+            )
+            for item, quality, scale, ratio in zip(
+                policy.layer_configs, fitted.quality, dial.risk_scale, chosen.mean_ratios, strict=True
+            )
+        ),
+        layer_keep=tuple(float(keep) for keep in keeps),
+        tried=tuple((item.share, item.ppl_increase, item.ppl_increase_bound) for item in tried),
+        notes=tuple(notes),
+    )
