@@ -3,8 +3,7 @@
     python benchmarks/quality.py [--tokens 51000] [--json FILE]
 
 Calibration and evaluation use disjoint held-out files of this Python's standard library; the dense figure is of the
-same
-run. A share that calibration could not meet exactly is printed as it was measured.
+same run. A share that calibration could not meet exactly is printed as it was measured.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CALIBRATION_KEYS = frozenset(
     {
         "max_ppl_increase", "share", "objective", "seed", "context", "confidence", "n_levels", "checkpoint_layers",
-        "probe_rank",
+        "probe_rank", "fit_tokens", "held_out_tokens",
     }
 )  # fmt: skip
 LAW_KEYS = frozenset({"layer_configs", "confidence_decay", "soft_exit", "alpha", "n_levels"})

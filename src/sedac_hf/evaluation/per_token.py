@@ -16,9 +16,7 @@ class TokenRatio:
     ratio: float
 
 
-def completion_ratios(
-    model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any
-) -> list[TokenRatio]:
+def completion_ratios(model: Any, tokenizer: Any, text: str, new_tokens: int, **options: Any) -> list[TokenRatio]:
     """Greedy completion, cut as calibrated; the first token comes from the prompt's own pass.
 
     Args:
@@ -33,7 +31,7 @@ def completion_ratios(
             steps.append([])
         steps[-1].append(float(ratio[-1]))
 
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "consistent": True, **options}
     with model.runtime.observe(on_decision=keep):
         ids = model.generate(**inputs, **settings)
