@@ -82,7 +82,9 @@ def certify(
         nearest = tried[-1]
         step = math.log(max(nearest.bound, 0.05 * limit) / (0.97 * limit)) / rate
         proposed = nearest.share + float(np.clip(step, -0.25, 0.25))
-        if not floor < proposed < ceiling:
+        if not kept and proposed >= most:
+            proposed = most  # the mildest there is: if that fails, none will do
+        elif not floor < proposed < ceiling:
             proposed = (floor + ceiling) / 2
         if kept and abs(proposed - ceiling) < _CLOSE:
             break

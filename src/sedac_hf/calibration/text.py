@@ -17,6 +17,7 @@ from sedac_hf.evaluation import Document, WindowSet, fitting_context, make_windo
 _MOST_DOCUMENTS = 4096
 _FEWEST_DOCUMENTS = 16  # fewer are cut into blocks, so that both parts have documents to count uncertainty over
 _SAMPLE_CHARACTERS = 20_000
+_LEAST_SLICE = 256  # tokens taken of a document at least, where it has them
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _windows(
     try:
         sample = "".join(document.text for document in documents[:8])[:_SAMPLE_CHARACTERS]
         per_token = max(len(sample) / max(len(tokenizer(sample, add_special_tokens=False).input_ids), 1), 0.25)
-        length = int(per_token * max(1.1 * wanted / len(documents), 2 * context))
+        length = int(per_token * max(1.1 * wanted / len(documents), min(context, _LEAST_SLICE)))
         generator = np.random.default_rng(seed + 1)
         slices = [_slice(document, length, generator) for document in documents]
         windows = make_windows(slices, tokenizer, context=context, protocol="windows", max_tokens=wanted)
