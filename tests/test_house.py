@@ -14,6 +14,7 @@ import pytest
 
 import sedac_hf
 from sedac_hf.assets import demo_path, load_demo
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +36,26 @@ def test_import_is_light() -> None:
     loaded = modules_after("import sedac_hf")
     heavy = {"triton", "vllm", "transformers.modeling_utils", "sedac_hf.modeling", "datasets", "matplotlib"}
     assert loaded & heavy == set()
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import sedac_hf; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import sedac_hf",
+    ],
+    ids=["before", "after"],
+)
+def test_importing_the_package_registers_the_auto_classes(imports: str, tmp_path: Path) -> None:
+    model = sedac_hf.SedacForCausalLM.from_base(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    script = (
+        f"{imports}\n"
+        f"print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["SedacConfig", "SedacForCausalLM"], done.stderr
 
 
 @pytest.mark.parametrize("module", ["sedac_hf.cli.main", "sedac_hf.assets"])

@@ -4,13 +4,16 @@
     >>> base, tokenizer = load_demo()
     >>> model = SedacForCausalLM.from_base(base)
 
-Names are imported when they are first used, so that ``import sedac_hf`` is quick.
+Names are imported when they are first used, so that ``import sedac_hf`` is quick; it also makes the Auto classes of
+transformers know saved SEDAC models.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from sedac_hf.registration import register as _register
 
 if TYPE_CHECKING:
     from sedac_hf.assets import demo_path, load_demo
@@ -69,3 +72,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+_register()

@@ -366,11 +366,9 @@ def _load_base(
     if base_model is None and config.base_model_name_or_path is None:
         return adapter_files.load_base(path, config, kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    if base_model is not None:
-        return adapter_files.load_weights(str(base_model), **kwargs)
-    if config.base_revision is not None:
+    if base_model is None and config.base_revision is not None:
         kwargs["revision"] = config.base_revision
-    return adapter_files.load_weights(config.base_model_name_or_path, **kwargs)
+    return adapter_files.load_weights(str(base_model or config.base_model_name_or_path), **kwargs)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -388,5 +386,5 @@ def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, in
     return tensor.shape[0] * max(setting("num_beams"), setting("num_return_sequences")), tensor.shape[1]
 
 
-AutoConfig.register("sedac", SedacConfig)
-AutoModelForCausalLM.register(SedacConfig, SedacForCausalLM)
+AutoConfig.register(SedacConfig.model_type, SedacConfig, exist_ok=True)
+AutoModelForCausalLM.register(SedacConfig, SedacForCausalLM, exist_ok=True)

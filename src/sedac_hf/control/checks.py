@@ -31,7 +31,7 @@ def check_settings(
     """Raise ConfigError unless these make a cascade."""
     if not 1 <= len(layer_configs) <= MAX_CHECKPOINTS:
         count = len(layer_configs) or "none"
-        raise ConfigError(f"`layer_configs` must hold at least one LayerConfig, at most {MAX_CHECKPOINTS}, got {count}")
+        raise ConfigError(f"`layer_configs` must hold 1 to {MAX_CHECKPOINTS} LayerConfigs, got {count}")
     previous = -1
     for place, config in enumerate(layer_configs):
         if not isinstance(config, LayerConfig):

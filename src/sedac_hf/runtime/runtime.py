@@ -381,12 +381,13 @@ class SedacRuntime:
         computed: int,
     ) -> None:
         state.recorded.add(i)
-        extra = 0
+        extra = extra_read = 0
         if compensation is not None:
             per_level = plan.at_least - np.append(plan.at_least[1:], 0)
-            extra = sum(
-                int(count) * compensation.parameters(level) for level, count in enumerate(per_level[:-1]) if count
-            )
+            for level in np.flatnonzero(per_level[:-1]):
+                parameters = compensation.parameters(int(level))
+                extra += int(per_level[level]) * parameters
+                extra_read += parameters
         self.tally.ffn(
             i,
             engine=engine,
@@ -396,6 +397,7 @@ class SedacRuntime:
             computed=computed,
             shadow=shadow,
             extra_parameters=extra,
+            extra_read=extra_read,
         )
 
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:

@@ -162,10 +162,12 @@ class Tally:
         computed: int,
         shadow: bool = False,
         extra_parameters: int = 0,
+        extra_read: int = 0,
     ) -> None:
         """One FFN call: units needed (summed over tokens), units read, unit x token products computed.
 
-        shadow: whether this call decided by the shadow; extra_parameters: compensation used, summed over tokens.
+        shadow: whether this call decided by the shadow; extra_parameters: of the compensation, summed over tokens;
+        extra_read: those of the call's levels, each read once.
         """
         cost = self.costs[site]
         with self._lock:
@@ -173,9 +175,7 @@ class Tally:
             self._engines[engine] += 1
             totals.dense_needed += cost.parameters * tokens
             totals.dense_bytes += cost.element_bytes * cost.parameters
-            totals.spent_bytes += cost.element_bytes * (
-                cost.unit_parameters * read + min(extra_parameters, cost.parameters)
-            )
+            totals.spent_bytes += cost.element_bytes * (cost.unit_parameters * read + extra_read)
             totals.spent_multiply_adds += cost.unit_parameters * computed + extra_parameters
             totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * extra_parameters
             totals.extra_multiply_adds += extra_parameters
