@@ -47,6 +47,4 @@ def test_too_little_text_is_an_error(documents: list[Document]) -> None:
 
 def test_a_context_that_the_model_cannot_read_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="at most 256"):
-        make_text(
-            tiny_model("llama"), word_tokenizer(adds_bos=False), _documents(40), **{**SETTINGS, "context": 4096}
-        )
+        make_text(tiny_model("llama"), word_tokenizer(adds_bos=False), _documents(40), **{**SETTINGS, "context": 4096})

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.tokenizers_for_tests import word_tokenizer, words
-from tests.policies import random_policy
-from tests.tiny_models import tiny_model
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation import compare, make_windows, perplexity
 from sedac_hf.evaluation.bounds import paired_interval, upper_bound
 from sedac_hf.evaluation.compare import merge_stats
+from tests.evaluation.tokenizers_for_tests import word_tokenizer, words
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model
 
 PLAIN = word_tokenizer(adds_bos=False)
 TEXTS = [words(12 + 5 * (start % 4), start) for start in range(24)]

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.tokenizers_for_tests import BOS, EOS, word_tokenizer, words
-from tests.tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from sedac_hf.errors import EvaluationError
@@ -24,6 +22,8 @@ from sedac_hf.evaluation import (
     stdlib_documents,
     token_nll,
 )
+from tests.evaluation.tokenizers_for_tests import BOS, EOS, word_tokenizer, words
+from tests.tiny_models import FAMILIES, tiny_model
 
 PLAIN, WITH_BOS = word_tokenizer(adds_bos=False), word_tokenizer(adds_bos=True)
 TEXTS = [words(n, start) for start, n in enumerate([3, 25, 11, 40, 1])]

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.policies import random_policy
-from tests.tiny_models import tiny_model
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation.speed import compare_speed, interleaved
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model
 
 
 def test_every_round_measures_each_variant_once_and_rotates() -> None:

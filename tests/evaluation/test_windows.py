@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.evaluation.tokenizers_for_tests import BOS, EOS, ByteTokenizer, word_tokenizer, words
 
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation import Document, make_windows, split_documents
 from sedac_hf.evaluation.encoding import Specials
+from tests.evaluation.tokenizers_for_tests import BOS, EOS, ByteTokenizer, word_tokenizer, words
 
 PLAIN = word_tokenizer(adds_bos=False)
 WITH_BOS = word_tokenizer(adds_bos=True)

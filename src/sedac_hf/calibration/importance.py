@@ -77,9 +77,7 @@ def _rank(runtime: SedacRuntime, statistics: Statistics, memory: float) -> int:
 class Compensator:
     """Fits compensation of a site from the statistics, put in channel order."""
 
-    def __init__(
-        self, runtime: SedacRuntime, statistics: Statistics, order: tuple[Tensor, ...], rank: int
-    ) -> None:
+    def __init__(self, runtime: SedacRuntime, statistics: Statistics, order: tuple[Tensor, ...], rank: int) -> None:
         self.down = [site.parts()[2].detach().float().cpu().clone() for site in runtime.sites]
         self.mean = [mean[places] for mean, places in zip(statistics.mean, order, strict=True)]
         self.statistics = statistics

@@ -99,9 +99,7 @@ def fit_probes(
     return bank.requires_grad_(False).eval(), tuple(scales), np.stack(risks), tuple(quality)
 
 
-def _fit_one(
-    probe: RiskProbe, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator
-) -> None:
+def _fit_one(probe: RiskProbe, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator) -> None:
     with torch.no_grad():  # softplus(out.bias) = mean target: learning starts from the constant
         probe.out.bias.fill_(float(torch.log(torch.expm1(target[:n_fit].mean().clamp(min=1e-3)))))
         probe.out.weight.mul_(0.1)
