@@ -232,6 +232,8 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         """
         from sedac_hf.calibration import calibrate
 
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            logger.warning("float16 is several times slower than float32 on a CPU: load with dtype=torch.float32")
         report = calibrate(
             self.runtime,
             tokenizer,

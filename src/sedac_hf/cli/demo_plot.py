@@ -27,9 +27,13 @@ def draw(rows: list[QualityRow], path: Path) -> None:
             label=kind,
         )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=5)  # linear up to 5%: that is where one would want to be
+    axes.set_yscale("symlog", linthresh=3, linscale=2)  # linear where one would want to be
+    axes.set_ylim(bottom=min(-0.3, *(100 * row.low for row in rows)))
+    axes.set_yticks([0, 1, 2, 3, 5, 10, 20, 50, 100], ["0", "1", "2", "3", "5", "10", "20", "50", "100"], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(top=1.3 * max(5.0, *(100 * row.high for row in rows)))
     axes.set_xlabel("share of all FFN weight bytes not needed, % (what decides counted as cost)")
-    axes.set_ylabel("perplexity increase, % (linear to 5, then log)")
+    axes.set_ylabel("perplexity increase, % (linear to 3, then log)")
     axes.set_title("Embedded decoder: quality against FFN compute")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
