@@ -43,8 +43,11 @@ def test_import_is_light() -> None:
     [
         "import sedac_hf; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import sedac_hf",
+        "import sedac_hf.configuration; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import sedac_hf.calibration; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import sedac_hf.modeling; from transformers import AutoConfig, AutoModelForCausalLM",
     ],
-    ids=["before", "after"],
+    ids=["before", "after", "configuration", "calibration", "modeling"],
 )
 def test_importing_the_package_registers_the_auto_classes(imports: str, tmp_path: Path) -> None:
     model = sedac_hf.SedacForCausalLM.from_base(tiny_model("llama"))

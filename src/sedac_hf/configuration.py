@@ -302,3 +302,6 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...], *, optional: bool =
     if (optional and value is None) or value in allowed:
         return value
     raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
+
+
+AutoConfig.register(SedacConfig.model_type, SedacConfig, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sedac_hf import adapter_files
@@ -388,5 +388,4 @@ def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, in
     return tensor.shape[0] * max(setting("num_beams"), setting("num_return_sequences")), tensor.shape[1]
 
 
-AutoConfig.register(SedacConfig.model_type, SedacConfig, exist_ok=True)
 AutoModelForCausalLM.register(SedacConfig, SedacForCausalLM, exist_ok=True)

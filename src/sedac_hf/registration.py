@@ -21,18 +21,18 @@ def _ours(name: str) -> Any:
     return importlib.import_module(f"sedac_hf.{name}")
 
 
-def _register_config(auto: Any) -> None:
-    config_class = _ours("configuration").SedacConfig
-    auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+def _register_config(_: Any) -> None:
+    # Registers itself at its end. It may be what is importing the Auto module just now: then it gets there later.
+    _ours("configuration")
 
 
 def _register_model(auto: Any) -> None:
-    config_class = _ours("configuration").SedacConfig
+    config = _ours("configuration").SedacConfig
 
     class SedacForCausalLM:
         """Stands for the model class until it is needed."""
 
-        config_class = _ours("configuration").SedacConfig
+        config_class = config
 
         @staticmethod
         def from_pretrained(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def _register_model(auto: Any) -> None:
         def _from_config(*args: Any, **kwargs: Any) -> Any:
             return _ours("modeling").SedacForCausalLM._from_config(*args, **kwargs)
 
-    auto.AutoModelForCausalLM.register(config_class, SedacForCausalLM, exist_ok=True)
+    auto.AutoModelForCausalLM.register(config, SedacForCausalLM, exist_ok=True)
 
 
 _AFTER: dict[str, Callable[[Any], None]] = {
