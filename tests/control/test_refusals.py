@@ -96,7 +96,7 @@ def test_bad_levels(engine):
     ("layers", "settings", "said"),
     [
         ([], {}, "1 to 255 LayerConfigs, got none"),
-        ([LayerConfig(i, 0.2, 0.8, 0.3) for i in range(256)], {}, "at most 255, got 256"),
+        ([LayerConfig(i, 0.2, 0.8, 0.3) for i in range(256)], {}, "1 to 255 LayerConfigs, got 256"),
         ([(3, 0.2, 0.8, 0.3)], {}, r"`layer_configs\[0\]` must be a LayerConfig, got tuple"),
         ([DESIGN[1], DESIGN[0]], {}, r"`layer_configs\[1\].layer_idx` must be above the one before it \(6\), got 3"),
         ([DESIGN[0], DESIGN[0]], {}, r"above the one before it \(3\), got 3"),
