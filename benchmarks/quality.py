@@ -39,7 +39,7 @@ def main() -> None:
     for objective, shares in SHARES.items():
         for share in shares:
             start = time.monotonic()
-            model.calibrate(
+            report = model.calibrate(
                 tokenizer,
                 calibration_documents(),
                 share=share,
@@ -47,6 +47,7 @@ def main() -> None:
                 context=CONTEXT,
                 seed=arguments.seed,
             )
+            print(report)
             name = f"{model.config.cut}, share {share:.0%} asked"
             seconds[name] = time.monotonic() - start
             rows.append(measure(model, windows, dense, name, model.config.cut))

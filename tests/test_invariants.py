@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,6 +58,28 @@ def test_the_cut_equals_masking_in_mixed_batches(model):
     assert len(set(levels.tolist())) > 2, "the batch must mix levels"
     model.runtime.engine = "reference"
     assert_same(model, ids, model(ids).logits, cut)
+
+
+@torch.no_grad()
+def test_the_cut_named_mask_is_the_reference_for_truncate():
+    model, ids = wrapped("llama", "truncate"), token_ids(4, 9)
+    expected = model(ids).logits
+    model.install(replace(model.runtime.policy, cut="mask"))
+    model.reset_stats()
+    torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
+    assert set(model.stats().engines) == {"reference"}
+    assert model.stats().saved_bytes_share <= 0
+
+
+@torch.no_grad()
+def test_adaptive_thresholds_follow_the_traffic_only_where_asked():
+    model, ids = wrapped("llama", "truncate"), token_ids(4, 9)
+    before = model.runtime.controller.thresholds
+    model(ids)
+    assert (model.runtime.controller.thresholds == before).all()
+    model.runtime.adaptive_thresholds = True
+    model(ids)
+    assert (model.runtime.controller.thresholds != before).all()
 
 
 @torch.no_grad()

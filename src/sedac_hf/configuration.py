@@ -140,7 +140,7 @@ class SedacConfig(PreTrainedConfig):
         objective: "latency" or "throughput", what the policy was calibrated for; None until calibrated.
         schedule: operating points per FFN and level, as `WidthSchedule.to_dict` gives it; None until calibrated: an
             uncalibrated model skips nothing.
-        risk_scale: x0 of the risk unit per checkpoint, the median KL in nats on the calibration text.
+        risk_scale: x0 of the risk unit per checkpoint, in nats: a sixteenth of the median KL on the calibration text.
         prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
         adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".

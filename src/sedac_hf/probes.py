@@ -15,8 +15,8 @@ class RiskProbe(nn.Module):
     """LayerNorm, low-rank projection, GELU, scalar, softplus: hidden state [n, d] -> risk float32 [n], 0 or more.
 
     The risk's unit is log1p(KL / x0): KL in nats predicted for cutting all FFNs behind the checkpoint to the middle
-    level of the schedule, x0 its median on the calibration text. It computes in float32 whatever the base's dtype;
-    parameters hold bfloat16 values, so a probe costs two bytes per parameter.
+    level of the schedule, x0 a sixteenth of its median on the calibration text. It computes in float32 whatever the
+    base's dtype; parameters hold bfloat16 values, so a probe costs two bytes per parameter.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:

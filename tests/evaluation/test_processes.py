@@ -13,7 +13,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from sedac_hf.errors import EvaluationError
-from sedac_hf.evaluation.processes import gather, gather_in_order, share_of_this_process
+from sedac_hf.evaluation.processes import gather, gather_in_order, leave, share_of_this_process
 
 ROOT = Path(__file__).parents[2]
 PPL = ["-m", "sedac_hf.cli.main", "eval", "ppl", "demo", "--stdlib", "--max-tokens", "1500", "--context", "128",
@@ -67,6 +67,7 @@ def work_in_process(rank: int, port: int, folder: str) -> None:
         error = str(caught)
     values = {"mine": list(mine), "squares": squares, "error": error, "ranks": gather(rank)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(values))
+    leave()
 
 
 def test_results_in_order_and_errors_in_all_processes(tmp_path: Path) -> None:

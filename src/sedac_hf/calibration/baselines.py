@@ -51,6 +51,25 @@ def design_policy(runtime: SedacRuntime, policy: Policy, risks: Sequence[np.ndar
     )
 
 
+def law_policy(
+    runtime: SedacRuntime,
+    policy: Policy,
+    layer_configs: Sequence[LayerConfig],
+    *,
+    confidence_decay: float,
+    soft_exit: bool,
+    alpha: float,
+) -> Policy:
+    """An uncalibrated law as it is written down, at the policy's checkpoint layers."""
+    return replace(
+        plain_policy(runtime, policy, importance_order=True),
+        layer_configs=tuple(layer_configs),
+        confidence_decay=confidence_decay,
+        soft_exit=soft_exit,
+        alpha=alpha,
+    )
+
+
 def hard_exit_policy(
     runtime: SedacRuntime, policy: Policy, risks: Sequence[np.ndarray], *, scale: float = 1.0
 ) -> Policy:

@@ -22,13 +22,13 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import Batch, Window, WindowSet, kl_to, scored_logits
 from sedac_hf.runtime import SedacRuntime
 
-SPREADS = (0.4, 0.8)
+SPREADS = (0.5, 1.0)
 """Tried against 0 (a constant level)."""
 
 _SENSITIVITY_TOKENS = 2048
 _REFERENCE_BYTES = 1 << 30  # dense logits held while settings are compared
 _CHECK_SHARE = 0.25  # of the fit part, for what must not be fitted on the probes' own tokens
-_HARM_FLOOR = 0.01  # of x0, added to a token's KL before the logarithm
+_HARM_FLOOR = 0.1  # of x0, added to a token's KL before the logarithm
 
 
 @dataclass

@@ -3,8 +3,8 @@
 Harm of a token falls about exponentially with the share s that it is given: ``KL_t(s) = h_t exp(-a s)``. The least
 total harm at a given mean share then gives ``s_t = mean + (ln h_t - mean ln h) / a``: affine in log harm, with a slope
 that does not depend on the mean. The law can follow that: C is affine in the risks, and the keep it stands for is
-``1 / (1 + exp(4 C - 2))``. So the *shape* (decay, slopes) is fitted once, by regression of log harm on the risks, and
-the *centre* is the dial. *Spread* scales the slopes: 1 trusts the probes fully, 0 is a constant level.
+``1 / (1 + exp(4 C - 2))``. So the *shape* (decay, slopes) is fitted once, on the harm that such an allocation leaves,
+and the *centre* is the dial. *Spread* scales the slopes: 1 trusts the probes fully, 0 is a constant level.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ ALWAYS = -1e9
 
 _DECAYS = (0.0, 0.25, 0.5, 0.75, 0.9)
 _LEAST_WEIGHT = 1e-3
+_MOST_SLOPE = 4.0
+_SLOPE_STEPS = 30
 _NO_SLOPE = 1e6  # threshold of a checkpoint whose risk does not matter
 
 
@@ -29,7 +31,7 @@ _NO_SLOPE = 1e6  # threshold of a checkpoint whose risk does not matter
 class LawShape:
     """Predicted log harm after checkpoint i: ``p_i = decay * p_{i-1} + slopes[i] * r_i``, with mean ``means[i]``.
 
-    error: mean squared error of log harm around the prediction, over its variance (1: the risks say nothing).
+    error: harm that an allocation by the prediction leaves, over that of equal shares (1: the risks say nothing).
     """
 
     decay: float
@@ -39,32 +41,50 @@ class LawShape:
 
 
 def fit_shape(risks: np.ndarray, log_harm: np.ndarray) -> LawShape:
-    """Fit decay and slopes (none negative) by least squares over all checkpoints.
+    """The decay and slopes (none negative) whose allocation leaves least harm, summed over the checkpoints.
+
+    With shares ``s_t = mean + (p_t - mean p) / a`` the harm left is ``mean(h exp(-(p - mean p)))``, convex in a slope.
 
     Args:
         risks, log_harm: float [n_checkpoints, n_tokens]; harm of cutting what is behind each checkpoint.
     """
     risks, log_harm = risks.astype(np.float64), log_harm.astype(np.float64)
-    centred = log_harm - log_harm.mean(axis=1, keepdims=True)
-    variance = max(float(np.square(centred).mean()), 1e-30)
     best: LawShape | None = None
     for decay in _DECAYS:
         predicted = np.zeros(risks.shape[1])
-        slopes, means, error = [], [], 0.0
-        for r, y in zip(risks, centred, strict=True):
+        slopes, means, errors = [], [], []
+        for risk, harm in zip(risks, log_harm, strict=True):
             carried = decay * predicted
-            rest = y - (carried - carried.mean())
-            spread = r - r.mean()
-            slope = max(float(rest @ spread) / max(float(spread @ spread), 1e-30), 0.0)
-            predicted = carried + slope * r
+            slope = _best_slope(risk, harm, carried)
+            predicted = carried + slope * risk
             slopes.append(slope)
             means.append(float(predicted.mean()))
-            error += float(np.square(y - (predicted - predicted.mean())).mean())
-        error /= len(risks) * variance
+            errors.append(_harm_left(harm, predicted))
+        error = math.exp(float(np.mean(errors)))
         if best is None or error < best.error - 1e-6:
             best = LawShape(decay, tuple(slopes), tuple(means), error)
     assert best is not None
     return best
+
+
+def _harm_left(log_harm: np.ndarray, predicted: np.ndarray) -> float:
+    """Logarithm of the harm left by an allocation, over that of equal shares."""
+    top = log_harm.max()
+    harm = np.exp(log_harm - top)
+    left = log_harm - top - (predicted - predicted.mean())
+    return float(left.max() + np.log(np.exp(left - left.max()).mean()) - np.log(harm.mean()))
+
+
+def _best_slope(risk: np.ndarray, log_harm: np.ndarray, carried: np.ndarray) -> float:
+    low, high = 0.0, _MOST_SLOPE
+    for _ in range(_SLOPE_STEPS):  # ternary search of a convex function
+        third = (high - low) / 3
+        lower, upper = low + third, high - third
+        if _harm_left(log_harm, carried + lower * risk) <= _harm_left(log_harm, carried + upper * risk):
+            high -= third
+        else:
+            low += third
+    return low if low > 1e-3 else 0.0
 
 
 def centre_of(keep: float) -> float:

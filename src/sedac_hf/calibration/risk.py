@@ -16,7 +16,13 @@ from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.probes import ProbeBank, RiskProbe
 from sedac_hf.runtime import SedacRuntime
 
-_EPOCHS, _BATCH, _RATE, _DECAY, _PATIENCE = 24, 256, 2e-3, 1e-2, 5
+_EPOCHS, _BATCH, _RATE, _DECAY, _PATIENCE = 24, 256, 1e-3, 0.3, 5
+_NOISE = 0.3  # of each feature's spread, added to the input while fitting: probes overfit within two epochs otherwise
+_SCALE = 1 / 16
+"""x0 over the median KL. So far below it the risk is log KL but for a constant, for nearly every token, and C is
+affine in the risk, as the law's dial wants it."""
+
+_FLOOR = 0.3  # in x0: tokens harmed by less are alike
 
 
 @dataclass
@@ -74,7 +80,7 @@ def fit_probes(
     """Fit one probe per checkpoint on the first ``n_fit`` tokens, stop early on the others.
 
     Returns:
-        The probes; x0 per checkpoint (median KL, nats); risks of the other tokens float32 [n_checkpoints, n]; Spearman
+        The probes; x0 per checkpoint (nats); risks of the other tokens float32 [n_checkpoints, n]; Spearman
         rank correlation of predicted and true KL on them.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -87,9 +93,8 @@ def fit_probes(
     scales, risks, quality = [], [], []
     for i, layer in enumerate(layers):
         kl = targets.kl[i]
-        x0 = max(float(kl[:n_fit].median()), 1e-12)
-        target = torch.log1p(kl / x0)
-        _fit_one(bank[layer], targets.hidden[i], target, n_fit, generator)
+        x0 = max(_SCALE * float(kl[:n_fit].median()), 1e-12)
+        _fit_one(bank[layer], targets.hidden[i], kl / x0, n_fit, generator)
         bank[layer].round_parameters()
         with torch.no_grad():
             risk = bank[layer](targets.hidden[i][n_fit:])
@@ -99,10 +104,19 @@ def fit_probes(
     return bank.requires_grad_(False).eval(), tuple(scales), np.stack(risks), tuple(quality)
 
 
-def _fit_one(probe: RiskProbe, hidden: Tensor, target: Tensor, n_fit: int, generator: torch.Generator) -> None:
-    with torch.no_grad():  # softplus(out.bias) = mean target: learning starts from the constant
-        probe.out.bias.fill_(float(torch.log(torch.expm1(target[:n_fit].mean().clamp(min=1e-3)))))
+def _loss(risk: Tensor, harm: Tensor) -> Tensor:
+    """Gamma deviance of harm (KL / x0) with mean expm1(risk): learns the mean KL given the hidden state, which is what
+    an allocation needs, where squares of the risk would learn the mean of its logarithm."""
+    mean = torch.expm1(risk.clamp(max=50)) + _FLOOR
+    return (harm / mean + mean.log()).mean()
+
+
+def _fit_one(probe: RiskProbe, hidden: Tensor, harm: Tensor, n_fit: int, generator: torch.Generator) -> None:
+    harm = harm.clamp(max=1e6)
+    with torch.no_grad():  # softplus(out.bias) = risk of the mean harm: learning starts from the constant
+        probe.out.bias.fill_(float(torch.log(torch.expm1(torch.log1p(harm[:n_fit].mean()).clamp(min=1e-3)))))
         probe.out.weight.mul_(0.1)
+    noise = _NOISE * hidden[:n_fit].float().std(dim=0)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=_RATE, weight_decay=_DECAY)
     best, best_state, since = float("inf"), None, 0
     for epoch in range(_EPOCHS):
@@ -111,12 +125,14 @@ def _fit_one(probe: RiskProbe, hidden: Tensor, target: Tensor, n_fit: int, gener
         order = torch.randperm(n_fit, generator=generator)
         for part in order.split(_BATCH):
             with torch.enable_grad():
-                loss = torch.nn.functional.mse_loss(probe(hidden[part]), target[part])
+                inputs = hidden[part].float()
+                inputs = inputs + noise * torch.randn(inputs.shape, generator=generator)
+                loss = _loss(probe(inputs), harm[part])
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
         with torch.no_grad():
-            error = float(torch.nn.functional.mse_loss(probe(hidden[n_fit:]), target[n_fit:]))
+            error = float(_loss(probe(hidden[n_fit:]), harm[n_fit:]))
         if error < best:
             best, since = error, 0
             best_state = {name: value.clone() for name, value in probe.state_dict().items()}

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sedac_hf.cli.loading import DEMO, load_model, load_tokenizer
-from sedac_hf.cli.recipes import ConfigOption, RecipeError, is_law, with_flags
+from sedac_hf.cli.recipes import LAW_KEYS, ConfigOption, is_law, law_of, with_flags
+
+if TYPE_CHECKING:
+    from sedac_hf.modeling import SedacForCausalLM
+
+LAW_NOTE = (
+    "the recipe's law is installed uncalibrated, as a baseline: probes and channel order were fitted, thresholds are "
+    "the recipe's; `sedac-hf eval ppl` measures it"
+)
 
 
 def command(
@@ -61,16 +69,18 @@ def command(
         fit_tokens=fit_tokens,
         held_out_tokens=held_out_tokens,
     )
-    if is_law(settings):
-        raise RecipeError(
-            "this recipe is an uncalibrated law, a baseline that `sedac-hf demo` compares with; `calibrate` takes "
-            "recipes that hold a budget, such as configs/balanced.yaml"
-        )
+    law = {name: settings.pop(name) for name in LAW_KEYS & set(settings)} if is_law(settings) else None
     texts = calibration_texts(model, text, stdlib)
     loaded = load_model(model, dtype=dtype, device=device)
     words = load_tokenizer(model, loaded, tokenizer)
     if model == DEMO:
         settings.setdefault("context", 256)  # what it was trained at
+    if law is not None:
+        loaded = with_law(loaded, words, texts, law, progress=not json_output, **settings)
+        if out is not None:
+            loaded.save_pretrained(out, adapter_only=adapter_only)
+        typer.echo(json.dumps({"law": loaded.config.layer_configs}) if json_output else LAW_NOTE)
+        return
     report = loaded.calibrate(words, texts, progress=not json_output, **settings)
     if out is not None:
         loaded.save_pretrained(out, adapter_only=adapter_only)
@@ -79,6 +89,30 @@ def command(
     typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else str(report))
     if out is not None and not json_output:
         typer.echo(f"saved to {out}")
+
+
+def with_law(
+    loaded: SedacForCausalLM, tokenizer: Any, texts: Any, law: dict[str, Any], **settings: Any
+) -> SedacForCausalLM:
+    """The model under a recipe's uncalibrated law: probes and order are fitted, thresholds are the recipe's."""
+    from sedac_hf.calibration.baselines import law_policy
+    from sedac_hf.configuration import SedacConfig
+    from sedac_hf.modeling import SedacForCausalLM
+
+    values = law_of(law, len(loaded.runtime.decoder_layers))
+    base = loaded.unload()
+    n_levels = values.pop("n_levels", None)
+    model = SedacForCausalLM.from_base(base, SedacConfig(base.config, layer_configs=values["layer_configs"]))
+    if n_levels is not None:
+        settings["n_levels"] = n_levels
+    # any position of the dial fits probes and order; a share is the one that always exists
+    model.calibrate(tokenizer, texts, objective="throughput", share=0.9, **settings)
+    policy = model.runtime.policy
+    assert policy is not None
+    defaults = {"confidence_decay": model.config.confidence_decay, "soft_exit": True, "alpha": model.config.alpha}
+    model.install(law_policy(model.runtime, policy, **{**defaults, **values}))
+    model.calibration_report = None
+    return model
 
 
 def calibration_texts(model: str, text: str | None, stdlib: bool) -> Any:

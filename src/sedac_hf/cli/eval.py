@@ -70,7 +70,7 @@ def ppl(
     """Perplexity of a model, dense and with SEDAC in the same run."""
     texts = _texts(model, dataset, text, stdlib, dataset_config, split, column, streaming)
     from sedac_hf.evaluation import compare
-    from sedac_hf.evaluation.processes import is_main_process, local_device
+    from sedac_hf.evaluation.processes import is_main_process, leave, local_device
 
     place = device or local_device()
     loaded = load_model(model, dtype=dtype, device=None if place is None else str(place))
@@ -90,13 +90,12 @@ def ppl(
         seed=seed,
         progress=not json_output,
     )
-    if not is_main_process():
-        return
     calibrated = loaded.runtime.policy is not None
-    if json_output:
+    if is_main_process() and json_output:
         typer.echo(json.dumps({"model": model, "calibrated": calibrated, **result.to_dict()}, indent=1))
-    else:
+    elif is_main_process():
         _print(model, result, calibrated)
+    leave()
 
 
 def _texts(

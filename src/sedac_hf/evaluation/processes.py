@@ -37,6 +37,17 @@ def local_device() -> Any | None:
     return None if state is None else state.device
 
 
+def leave() -> None:
+    """Wait for the other processes and close the group; a program's last act.
+
+    A process that ends with its group open can be aborted by the group's threads.
+    """
+    state = _state()
+    if state is not None:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def share_of_this_process(n: int) -> range:
     """Which of n pieces of work are this process's: every n-th, so that long and short ones are spread."""
     state = _state()

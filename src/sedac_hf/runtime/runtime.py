@@ -292,7 +292,7 @@ class SedacRuntime:
         levels = controller.step(state.controller_state, idx, values)
         decided = state.controller_state
         if self.adaptive_thresholds:
-            controller.update_threshold(self.checkpoint_layers[idx], values)
+            controller.update_threshold(self.checkpoint_layers[idx], values[state.counted])
         counted = state.counted
         failed = int(np.count_nonzero(~np.isfinite(values[counted])))
         self.tally.checkpoint(idx, decided.exited[counted], decided.ratio[counted], failed)
@@ -324,7 +324,7 @@ class SedacRuntime:
             plan=plan,
             importance=None if shadow is None else shadow.importance,
             compensation=compensation,
-            engine=self.engine,
+            engine="reference" if self.policy is not None and self.policy.cut == "mask" else self.engine,
             record=functools.partial(self._record, i, state, plan, compensation, shadow is not None),
         )
         state.cuts[i] = (plan, cut)
