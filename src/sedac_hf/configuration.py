@@ -20,7 +20,7 @@ DEFAULT_WEIGHTS = (0.3, 0.4, 0.3)
 DEFAULT_TARGETS = (0.2, 0.5, 0.8)
 DEFAULT_THRESHOLDS = (0.8, 1.0, 1.2)
 DEFAULT_N_LEVELS = 8
-DEFAULT_PROBE_RANK = 64
+_MOST_PROBE_RANK = 64
 
 Cut = Literal["mask", "truncate", "select"]
 Objective = Literal["latency", "throughput"]
@@ -73,6 +73,11 @@ def default_checkpoint_layers(n_layers: int) -> tuple[int, ...]:
     """Layers n/4, n/2 and 3n/4, without repeats and without the last layer, after which no FFN is left to cut."""
     layers = sorted({n_layers * k // 4 for k in (1, 2, 3)} - {n_layers - 1})
     return tuple(layers) or (0,)
+
+
+def default_probe_rank(hidden_size: int) -> int:
+    """64, less in a narrow decoder, where probes of that rank would cost more than they bring."""
+    return min(_MOST_PROBE_RANK, max(hidden_size // 12, 4))
 
 
 def default_layer_configs(checkpoint_layers: Sequence[int]) -> tuple[LayerConfig, ...]:
@@ -135,7 +140,7 @@ class SedacConfig(PreTrainedConfig):
         confidence_decay: gamma of the law, in [0, 1].
         soft_exit: True: graded ratio; False: hard exit (skip the whole FFN, latched).
         n_levels: number of keep levels that the engines run.
-        probe_rank: rank of the probes' projection.
+        probe_rank: rank of the probes' projection; None: `default_probe_rank`.
         cut: how FFNs are cut: "mask", "truncate" or "select"; None until calibrated.
         objective: "latency" or "throughput", what the policy was calibrated for; None until calibrated.
         schedule: operating points per FFN and level, as `WidthSchedule.to_dict` gives it; None until calibrated: an
@@ -164,7 +169,7 @@ class SedacConfig(PreTrainedConfig):
         confidence_decay: float | None = None,
         soft_exit: bool | None = None,
         n_levels: int = DEFAULT_N_LEVELS,
-        probe_rank: int = DEFAULT_PROBE_RANK,
+        probe_rank: int | None = None,
         cut: Cut | None = None,
         objective: Objective | None = None,
         schedule: Mapping[str, Any] | None = None,

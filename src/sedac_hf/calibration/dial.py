@@ -72,10 +72,15 @@ class Dial:
                 self.level_share[segment, level] = shares[level][inside] @ parameters / max(parameters.sum(), 1.0)
 
     @property
+    def deciding_share(self) -> float:
+        """Cost of the probes that the law needs, as a share of all FFNs."""
+        return self.probe_share if self.gain else 0.0
+
+    @property
     def least_share(self) -> float:
         """The smallest needed share that the dial reaches."""
         lowest = threshold_for(self.allocation, 1 / self.n_levels)
-        return self.probe_share + mean_share(self.allocation, lowest, range(len(self.segments)))
+        return self.deciding_share + mean_share(self.allocation, lowest, range(len(self.segments)))
 
     def constant(self, share: float) -> tuple[list[OperatingPoint], list[LevelCompensation | None], float]:
         """One operating point per FFN for all tokens, at ``share`` of all FFNs with no probes in it.
@@ -89,7 +94,7 @@ class Dial:
 
     def policy(self, share: float) -> Policy:
         """The policy whose tokens need ``share`` of all FFNs, probes included, on average."""
-        threshold = threshold_for(self.allocation, share - self.probe_share - self.offset)
+        threshold = threshold_for(self.allocation, share - self.deciding_share - self.offset)
         points = self.allocation.points(threshold)
         keep = mean_share(self.allocation, threshold, self.governed)
         constant_level = None

@@ -8,15 +8,20 @@ import numpy as np
 
 from sedac_hf.calibration.allocation import threshold_for
 from sedac_hf.calibration.certify import Judged, certify, judge
+from sedac_hf.calibration.constant import at_constant_level, prepared
+from sedac_hf.calibration.dial import Dial
 from sedac_hf.calibration.fitting import Fitted
 from sedac_hf.calibration.report import CalibrationReport, CheckpointReport
+from sedac_hf.calibration.spread import HarmCurve, Settled
 from sedac_hf.calibration.text import CalibrationText
 from sedac_hf.errors import CalibrationError, EvaluationError
 from sedac_hf.evaluation import DocumentScores, score
+from sedac_hf.evaluation.bounds import paired_interval
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.runtime import SedacRuntime
 
 _SHARE_MISS = 0.005
+_CONSTANT_MISS = 0.001
 
 
 def score_held_out(runtime: SedacRuntime, text: CalibrationText, progress: bool, description: str) -> DocumentScores:
@@ -36,9 +41,15 @@ def perplexity_of(scores: DocumentScores) -> float:
     return math.exp(min(float(scores.nll.sum() / scores.tokens.sum()), 700.0))
 
 
+def likely_share(curve: HarmCurve, budget: float) -> float:
+    """Where the dial will about end: KL stands for the rise of log-perplexity, whose bound lies some way above it."""
+    return curve.share_for(0.75 * math.log1p(budget))
+
+
 def choose(
     runtime: SedacRuntime,
-    fitted: Fitted,
+    dial: Dial,
+    curve: HarmCurve,
     text: CalibrationText,
     dense: DocumentScores,
     budget: float,
@@ -52,7 +63,6 @@ def choose(
     Raises:
         CalibrationError: the budget cannot be kept, or the share not reached.
     """
-    dial = fitted.dial
 
     def run(asked: float) -> Judged:
         runtime.install(dial.policy(asked))
@@ -75,14 +85,12 @@ def choose(
         if abs(miss) > _SHARE_MISS:  # other text than the dial was set on: its tokens are given more, or less
             tried.append(run(max(share + miss, dial.least_share)))
         return min(tried, key=lambda item: abs(item.needed_bytes - share)), tried
-    # Where KL stands for the rise of log-perplexity, and its bound lies some way above it.
-    start = fitted.middle + (fitted.log_kl - math.log(0.75 * math.log1p(budget))) / fitted.rate
-    return certify(run, budget, start, fitted.rate, dial.least_share)
+    return certify(run, budget, likely_share(curve, budget), curve.rate, dial.least_share)
 
 
 def constant_beside(
     runtime: SedacRuntime,
-    fitted: Fitted,
+    dial: Dial,
     text: CalibrationText,
     dense: DocumentScores,
     share: float,
@@ -90,19 +98,17 @@ def constant_beside(
     seed: int,
     progress: bool,
 ) -> Judged:
-    """The best constant operating points at the same needed share, without probes, on the same text."""
-    dial = fitted.dial
-    runtime.weights.reorder(dial.channel_order)
-    try:
-        if dial.cut == "select":
-            runtime.build_shadows()
-        points, compensation, _ = dial.constant(share)
-        with runtime.forced(points, compensation):
-            runtime.tally.reset()
-            cut = score_held_out(runtime, text, progress, "constant level")
-            stats = runtime.stats()
-    finally:
-        runtime.uninstall()
+    """The best constant level at the same needed share, without probes, on the same text."""
+    asked = share
+    with prepared(runtime, dial):
+        for _ in range(2):  # once to see what the tokens of this text really use, once with that put right
+            with at_constant_level(runtime, dial, asked):
+                runtime.tally.reset()
+                cut = score_held_out(runtime, text, progress, "constant level")
+                stats = runtime.stats()
+            asked += share - stats.needed_bytes_share
+            if abs(share - stats.needed_bytes_share) < _CONSTANT_MISS:
+                break
     rise, bound = judge(dense, cut, confidence, seed)
     return Judged(share, stats.needed_bytes_share, stats.needed_multiply_adds_share, rise, bound, cut)
 
@@ -111,6 +117,7 @@ def report_of(
     runtime: SedacRuntime,
     policy: Policy,
     fitted: Fitted,
+    settled: Settled,
     text: CalibrationText,
     dense: DocumentScores,
     chosen: Judged,
@@ -122,13 +129,13 @@ def report_of(
     seconds: float,
 ) -> CalibrationReport:
     """Put the figures of one calibration together."""
-    dial = fitted.dial
+    dial = settled.dial
     notes = []
     if dial.cut == "truncate" and any(second is None for second in fitted.statistics.moment):
         notes.append("second moments need more than `moment_bytes`: compensation is a bias alone")
     if share is not None:
         notes.append("a share was asked for: the bound says what it costs, no budget was kept")
-    keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.probe_share))
+    keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.deciding_share))
     dtype = next(p.dtype for p in runtime.model.parameters() if p.is_floating_point())
     return CalibrationReport(
         objective=dial.objective,
@@ -144,9 +151,10 @@ def report_of(
         confidence=confidence,
         constant_share=constant.needed_bytes,
         constant_ppl_increase=constant.ppl_increase,
-        fit_kl=fitted.fit_kl[fitted.spread],
-        fit_constant_kl=fitted.fit_kl[0.0],
-        spread=fitted.spread,
+        law_over_constant=_law_over_constant(chosen, constant),
+        fit_kl=settled.kl[settled.spread],
+        fit_constant_kl=settled.kl[0.0],
+        spread=settled.spread,
         protocol=text.held_out.protocol,
         context=text.held_out.context,
         fit_tokens=text.fit.n_tokens,
@@ -174,3 +182,10 @@ def report_of(
         tried=tuple((item.share, item.ppl_increase, item.ppl_increase_bound) for item in tried),
         notes=tuple(notes),
     )
+
+
+def _law_over_constant(law: Judged, constant: Judged) -> tuple[float, float]:
+    known = law.cut_scores.tokens > 0
+    delta = (law.cut_scores.nll - constant.cut_scores.nll)[known]
+    low, high = paired_interval(delta, law.cut_scores.tokens[known])
+    return math.expm1(low), math.expm1(high)

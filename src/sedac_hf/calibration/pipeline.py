@@ -13,17 +13,26 @@ import torch
 from torch import nn
 
 from sedac_hf.calibration.collect import check_dense, check_tokenizer
+from sedac_hf.calibration.dial import Dial
 from sedac_hf.calibration.fitting import Fitted, fit
-from sedac_hf.calibration.outcome import choose, constant_beside, perplexity_of, report_of, score_held_out
+from sedac_hf.calibration.outcome import (
+    choose,
+    constant_beside,
+    likely_share,
+    perplexity_of,
+    report_of,
+    score_held_out,
+)
 from sedac_hf.calibration.report import CalibrationReport
+from sedac_hf.calibration.spread import settle
 from sedac_hf.calibration.text import make_text
-from sedac_hf.configuration import DEFAULT_N_LEVELS, DEFAULT_PROBE_RANK, Objective
+from sedac_hf.configuration import DEFAULT_N_LEVELS, Objective, default_probe_rank
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.scoring import evaluating
 from sedac_hf.runtime import SedacRuntime
 
-FIT_TOKENS = 20480
+FIT_TOKENS = 40960
 HELD_OUT_TOKENS = 20480
 LEAST_TOKENS = 1024
 """Tokens of either part below which nothing that is fitted or judged could be trusted."""
@@ -52,7 +61,7 @@ def calibrate(
     context: int | None = None,
     confidence: float = 0.95,
     n_levels: int = DEFAULT_N_LEVELS,
-    probe_rank: int = DEFAULT_PROBE_RANK,
+    probe_rank: int | None = None,
     checkpoint_layers: Sequence[int] | None = None,
     fit_tokens: int = FIT_TOKENS,
     held_out_tokens: int = HELD_OUT_TOKENS,
@@ -74,6 +83,7 @@ def calibrate(
         share: instead: the needed share of all FFN bytes, costs counted, in (0, 1).
         objective: "latency" cuts by `select`, "throughput" by `truncate`.
         context: tokens per window; default: what the model can read, at most 2048.
+        probe_rank: default: `sedac_hf.configuration.default_probe_rank`.
         checkpoint_layers: only where a decoder is given; a runtime has its own.
         compensation_memory: most that compensation may add, as a share of the base's parameters.
         moment_bytes: memory for second moments; where they need more, compensation is a bias alone.
@@ -93,6 +103,7 @@ def calibrate(
             )
     else:
         runtime = SedacRuntime(runtime, checkpoint_layers)
+    probe_rank = default_probe_rank(runtime.hidden_size) if probe_rank is None else probe_rank
     text = make_text(
         runtime.model, tokenizer, texts, context=context, fit_tokens=fit_tokens, held_out_tokens=held_out_tokens,
         least_tokens=LEAST_TOKENS, seed=seed,
@@ -113,13 +124,18 @@ def calibrate(
                     compensation_memory=compensation_memory, moment_bytes=moment_bytes,
                 )  # fmt: skip
             fitted = kept.fitted[objective]
+            curve = fitted.curve
+            asked = likely_share(curve, max_ppl_increase) if share is None else share
+            settled = settle(runtime, fitted.dial, curve.rate, fitted.check, asked)
             chosen, tried = choose(
-                runtime, fitted, text, kept.dense, max_ppl_increase, share, confidence, seed, progress
+                runtime, settled.dial, curve, text, kept.dense, max_ppl_increase, share, confidence, seed, progress
             )
-            constant = constant_beside(
-                runtime, fitted, text, kept.dense, chosen.needed_bytes, confidence, seed, progress
-            )
-            policy = fitted.dial.policy(chosen.share)
+            constant = chosen
+            if settled.spread != 0:
+                constant = constant_beside(
+                    runtime, settled.dial, text, kept.dense, chosen.needed_bytes, confidence, seed, progress
+                )
+            policy = settled.dial.policy(chosen.share)
             runtime.install(policy)
     except BaseException:
         runtime.uninstall()
@@ -127,13 +143,25 @@ def calibrate(
             runtime.install(former)
         raise
     return report_of(
-        runtime, policy, fitted, text, kept.dense, chosen, tried, constant, confidence,
+        runtime, policy, fitted, settled, text, kept.dense, chosen, tried, constant, confidence,
         None if share is not None else max_ppl_increase, share, time.monotonic() - started,
     )  # fmt: skip
 
 
+def fitted_dial(runtime: SedacRuntime, objective: Objective) -> Dial:
+    """The dial that the runtime's last calibration for an objective found, to try other positions of it.
+
+    Raises:
+        CalibrationError: there was none.
+    """
+    kept = _KEPT.get(runtime)
+    if kept is None or objective not in kept.fitted:
+        raise CalibrationError(f"calibrate for {objective!r} first: nothing is kept with this runtime")
+    return kept.fitted[objective].dial
+
+
 def _check_arguments(
-    budget: float, share: float | None, objective: str, confidence: float, n_levels: int, probe_rank: int
+    budget: float, share: float | None, objective: str, confidence: float, n_levels: int, probe_rank: int | None
 ) -> None:
     if share is None and not (math.isfinite(budget) and budget > 0):
         raise CalibrationError(f"`max_ppl_increase` must be a finite number above 0, e.g. 0.01, got {budget!r}")
@@ -145,7 +173,7 @@ def _check_arguments(
         raise CalibrationError(f"`confidence` must be in [0.5, 1), got {confidence!r}")
     if not 2 <= n_levels <= 255:
         raise CalibrationError(f"`n_levels` must be in 2..255, got {n_levels!r}")
-    if probe_rank < 1:
+    if probe_rank is not None and probe_rank < 1:
         raise CalibrationError(f"`probe_rank` must be 1 or more, got {probe_rank!r}")
 
 

@@ -35,7 +35,9 @@ class CalibrationReport:
 
     Shares are of all FFNs: ``needed_bytes`` and ``needed_multiply_adds`` count shadow, probes and compensation.
     Perplexities are those of the held-out part; ``ppl_increase_bound`` is the upper confidence bound over documents.
-    ``constant_*``: the best constant operating points at the same share (without probes), same text.
+    ``constant_*``: the best constant level at the same share (without probes), same text; ``law_over_constant``: 95%
+    interval, over documents, of the law's perplexity relative to it. ``fit_kl``, ``fit_constant_kl``: mean KL of both
+    at the share asked for, on tokens that no probe was fitted on.
     """
 
     objective: str
@@ -51,6 +53,7 @@ class CalibrationReport:
     confidence: float
     constant_share: float
     constant_ppl_increase: float
+    law_over_constant: tuple[float, float]
     fit_kl: float
     fit_constant_kl: float
     spread: float
@@ -70,8 +73,8 @@ class CalibrationReport:
 
     @property
     def constant_wins(self) -> bool:
-        """Whether a constant level did at least as well as the law at the same share on the held-out part."""
-        return self.constant_ppl_increase <= self.ppl_increase
+        """Whether the constant level is better than the law: by KL when chosen, or plainly so on the held-out part."""
+        return self.spread == 0 or self.law_over_constant[0] > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -87,6 +90,7 @@ class CalibrationReport:
         known = {item.name for item in dataclasses.fields(cls)}
         own = {name: value for name, value in values.items() if name in known}
         own["checkpoints"] = tuple(CheckpointReport(**item) for item in values["checkpoints"])
+        own["law_over_constant"] = tuple(values["law_over_constant"])
         own["tried"] = tuple(tuple(item) for item in values["tried"])
         own["layer_keep"] = tuple(values["layer_keep"])
         own["notes"] = tuple(values["notes"])
@@ -140,10 +144,14 @@ class CalibrationReport:
 
     def _verdict(self) -> str:
         if self.spread == 0:
-            return "the constant level won on the fit text: every token has the same level"
-        if self.constant_wins:
-            return "the constant level did as well or better on the held-out text"
-        return "the law did better"
+            return "the constant level won on the fit text: every token has the same level, no probe runs"
+        low, high = self.law_over_constant
+        if low > 0:
+            verdict = "the constant level did better"
+        else:
+            verdict = "the law did better" if high < 0 else "no difference that this text can show"
+        gain = 1 - self.fit_kl / self.fit_constant_kl
+        return f"{verdict}: perplexity {low:+.2%} .. {high:+.2%} (95%); {gain:.0%} less KL on fit tokens"
 
     def __str__(self) -> str:
         out = StringIO()

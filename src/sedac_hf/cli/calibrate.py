@@ -43,11 +43,11 @@ def command(
     context: Annotated[int | None, typer.Option(help="Tokens per window; default: the model's, at most 2048.")] = None,
     confidence: Annotated[float | None, typer.Option(help="Confidence that the budget holds.")] = None,
     n_levels: Annotated[int | None, typer.Option(help="Keep levels.", show_default="8")] = None,
-    probe_rank: Annotated[int | None, typer.Option(help="Rank of the probes.", show_default="64")] = None,
-    fit_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to fit on.", show_default="20480")] = None,
-    held_out_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to judge the budget by.", show_default="20480")
+    probe_rank: Annotated[
+        int | None, typer.Option(help="Rank of the probes.", show_default="at most 64, by width")
     ] = None,
+    fit_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to fit on.")] = None,
+    held_out_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to judge the budget by.")] = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save without the base's weights.")] = False,
     config: ConfigOption = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the model's.")] = None,

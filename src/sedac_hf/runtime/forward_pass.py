@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sedac_hf.ops.contract import LevelPlan, SiteCut
+from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
@@ -23,6 +24,18 @@ class GenerationCall:
     full_width: bool
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What a calibration or test run asks for instead of the policy: points, or levels of the schedule.
+
+    compensation: per FFN, for ``points``; level 1 of a two-level plan stands for the point.
+    """
+
+    points: tuple[OperatingPoint | None, ...] | None = None
+    levels: int | np.ndarray | None = None
+    compensation: Sequence[Compensation | None] | None = None
 
 
 @dataclass

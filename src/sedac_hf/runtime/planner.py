@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sedac_hf.ops import cut_ffn
@@ -75,8 +76,11 @@ class GenerationPlanner:
         runtime = self._runtime
         assert runtime.probes is not None
         state = runtime.controller.begin(rows)
-        risk = runtime.probes.risk(runtime.checkpoint_layers[0], x)
-        runtime.controller.plan(runtime.controller.step(state, 0, risk.to("cpu", torch.float32).numpy()))
+        if runtime.probes_decide:
+            risk = runtime.probes.risk(runtime.checkpoint_layers[0], x).to("cpu", torch.float32).numpy()
+        else:
+            risk = np.zeros(rows, np.float32)
+        runtime.controller.plan(runtime.controller.step(state, 0, risk))
 
 
 def _forget(**_: object) -> None:
