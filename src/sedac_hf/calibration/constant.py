@@ -1,4 +1,4 @@
-"""The best constant level: one operating point per FFN for all tokens, no probes. The law must not be worse than it."""
+"""The best constant level: one operating point per FFN for all tokens, no probes; the law must not be worse."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ class Dial:
         probe_share: cost of the probes, as a share of all FFNs.
         gain: slope of C per predicted log harm; 0: constant level.
         offset: needed share that tokens turn out to use beyond what their levels stand for on average.
+    refitted: level -> site -> compensation (of two levels, 1 the point) that takes the fitted one's place.
     """
 
     cut: Cut
@@ -53,6 +54,7 @@ class Dial:
     probe_share: float
     gain: float = 0.0
     offset: float = 0.0
+    refitted: dict[int, dict[int, LevelCompensation | None]] = field(default_factory=dict)
     _level_compensation: dict[int, LevelCompensation | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,9 +94,28 @@ class Dial:
         compensation = [self.compensate(i, {1: point.width}, 2) for i, point in enumerate(points)]
         return points, compensation, mean_share(self.allocation, threshold, range(len(points)))
 
+    def level_points(self, level: int, share: float) -> tuple[list[OperatingPoint], list[LevelCompensation | None]]:
+        """What all tokens at one level would run, in the form of `SedacRuntime.forced`, nothing refitted.
+
+        share: the dial's position, for the FFNs before the first checkpoint.
+        """
+        points = self.allocation.points(self.thresholds[level])
+        position = self.allocation.points(self._threshold(share))
+        points = [position[i] if segment < 0 else points[i] for i, segment in enumerate(self.segments)]
+        return points, [self.compensate(i, {1: point.width}, 2) for i, point in enumerate(points)]
+
+    def levels_in_use(self, share: float, least: float) -> list[int]:
+        """Levels below the top that at least this part of the known tokens is given at some checkpoint."""
+        levels = levels_of(self.policy(share).layer_configs, self._decay, self.n_levels, self.risks)
+        counts = np.stack([np.bincount(row, minlength=self.n_levels + 1) / max(row.size, 1) for row in levels])
+        return [level for level in range(1, self.n_levels) if counts[:, level].max() >= least]
+
+    def _threshold(self, share: float) -> float:
+        return threshold_for(self.allocation, share - self.deciding_share - self.offset)
+
     def policy(self, share: float) -> Policy:
         """The policy whose tokens need ``share`` of all FFNs, probes included, on average."""
-        threshold = threshold_for(self.allocation, share - self.deciding_share - self.offset)
+        threshold = self._threshold(share)
         points = self.allocation.points(threshold)
         keep = mean_share(self.allocation, threshold, self.governed)
         constant_level = None
@@ -156,6 +177,13 @@ class Dial:
             rows.append((OperatingPoint(0), *inner, whole))
         return WidthSchedule(self.n_levels, tuple(rows))
 
+    def _with_refits(self, site: int, fitted: LevelCompensation | None) -> LevelCompensation | None:
+        for level, sites in self.refitted.items():
+            refit = sites.get(site)
+            if fitted is not None and refit is not None:
+                fitted = fitted.replaced(level, refit, 1)
+        return fitted
+
     def _units(self, site: int) -> int:
         return self.allocation.points(0.0)[site].width
 
@@ -177,5 +205,5 @@ class Dial:
                 continue
             if i not in self._level_compensation:
                 self._level_compensation[i] = self.compensate(i, widths, self.n_levels)
-            result.append(self._level_compensation[i])
+            result.append(self._with_refits(i, self._level_compensation[i]))
         return tuple(result)

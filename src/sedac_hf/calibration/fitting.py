@@ -29,13 +29,15 @@ _HARM_FLOOR = 0.1  # of x0, added to a token's KL before the logarithm
 class Fitted:
     """The dial (spread 0 as yet), and what was learnt on the fit part.
 
-    quality: rank correlation of each probe; check: windows of the fit part that no probe was fitted on.
+    quality: rank correlation of each probe; sample: windows that the statistics are of; check: windows of the fit part
+    that no probe was fitted on.
     """
 
     dial: Dial
     statistics: Statistics
     quality: tuple[float, ...]
     curve: HarmCurve
+    sample: WindowSet
     check: WindowSet
 
 
@@ -107,7 +109,7 @@ def fit(
         curve = HarmCurve.measure(Reference(runtime, check), dial)
     finally:
         runtime.uninstall()
-    return Fitted(dial, statistics, quality, curve, check)
+    return Fitted(dial, statistics, quality, curve, sample, check)
 
 
 def _first_windows(windows: WindowSet, tokens: int) -> WindowSet:

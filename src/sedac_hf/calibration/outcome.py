@@ -135,6 +135,9 @@ def report_of(
         notes.append("second moments need more than `moment_bytes`: compensation is a bias alone")
     if share is not None:
         notes.append("a share was asked for: the bound says what it costs, no budget was kept")
+    refitted = sorted(level for level, sites in dial.refitted.items() if sites)
+    if refitted:
+        notes.append(f"compensation refitted against the dense stream at levels {', '.join(map(str, refitted))}")
     keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.deciding_share))
     dtype = next(p.dtype for p in runtime.model.parameters() if p.is_floating_point())
     return CalibrationReport(

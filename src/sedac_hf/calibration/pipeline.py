@@ -23,6 +23,7 @@ from sedac_hf.calibration.outcome import (
     report_of,
     score_held_out,
 )
+from sedac_hf.calibration.refit import refit_levels
 from sedac_hf.calibration.report import CalibrationReport
 from sedac_hf.calibration.spread import settle
 from sedac_hf.calibration.text import make_text
@@ -67,6 +68,7 @@ def calibrate(
     held_out_tokens: int = HELD_OUT_TOKENS,
     compensation_memory: float = 0.1,
     moment_bytes: int = 2 << 30,
+    refit_compensation: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationReport:
@@ -86,6 +88,8 @@ def calibrate(
         probe_rank: default: `sedac_hf.configuration.default_probe_rank`.
         checkpoint_layers: only where a decoder is given; a runtime has its own.
         compensation_memory: most that compensation may add, as a share of the base's parameters.
+        refit_compensation: also refit compensation against the dense stream, and keep it where that wins (only for
+            "throughput"; twice the time).
         moment_bytes: memory for second moments; where they need more, compensation is a bias alone.
 
     Raises:
@@ -113,7 +117,7 @@ def calibrate(
     runtime.uninstall()
     try:
         with evaluating(runtime.model), torch.no_grad():
-            settings = (text.fingerprint, n_levels, probe_rank, compensation_memory, moment_bytes)
+            settings = (text.fingerprint, n_levels, probe_rank, compensation_memory, moment_bytes, refit_compensation)
             kept = _kept(runtime, (*_fingerprint(runtime), *settings))
             if kept.dense is None:
                 kept.dense = score_held_out(runtime, text, progress, "dense perplexity")
@@ -127,6 +131,8 @@ def calibrate(
             curve = fitted.curve
             asked = likely_share(curve, max_ppl_increase) if share is None else share
             settled = settle(runtime, fitted.dial, curve.rate, fitted.check, asked)
+            if refit_compensation and objective == "throughput" and settled.spread != 0:
+                refit_levels(runtime, settled.dial, fitted.sample, fitted.check, asked)
             chosen, tried = choose(
                 runtime, settled.dial, curve, text, kept.dense, max_ppl_increase, share, confidence, seed, progress
             )

@@ -2,7 +2,8 @@
 
 For a token at level l with used units h_l: ``y += bias[l] + U_l (V_l h_l)``. The bias is the mean of what the left-out
 units would have added (FLAP, arXiv 2312.11983); ``U_l V_l`` is a low-rank piece of the change that a least-squares
-refit of down on the kept units would make. The whole FFN is never compensated.
+refit of down on the kept units would make, of the FFN alone or against the dense stream (`sedac_hf.calibration`). The
+whole FFN is never compensated.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ class LevelCompensation:
         self._bias = bias
         self._low_rank = dict(low_rank)
         self._placed: dict[tuple[torch.device, torch.dtype, int], Tensor | tuple[Tensor, Tensor]] = {}
+
+    def replaced(self, level: int, source: LevelCompensation, source_level: int) -> LevelCompensation:
+        """This compensation with one level's taken from another."""
+        bias = None if self._bias is None else self._bias.clone()
+        if bias is not None and source._bias is not None:
+            bias[level] = source._bias[source_level]
+        low_rank = {key: pair for key, pair in self._low_rank.items() if key != level}
+        if source_level in source._low_rank:
+            low_rank[level] = source._low_rank[source_level]
+        return LevelCompensation(bias, low_rank, self.n_levels)
 
     def check(self, hidden_size: int, points: Sequence[OperatingPoint]) -> None:
         """Raise ConfigError unless this is for an FFN of that hidden size with these points."""
