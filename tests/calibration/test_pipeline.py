@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sedac_hf.calibration import CalibrationReport, calibrate
-from sedac_hf.errors import CalibrationError
+from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.evaluation import Document
 from sedac_hf.runtime import SedacRuntime
 from tests.evaluation.tokenizers_for_tests import WORDS, word_tokenizer
+from tests.ffn.test_shadow import Opaque
 from tests.tiny_models import tiny_model
 
 VOCABULARY = len(WORDS) + 3
@@ -162,3 +163,18 @@ def test_too_little_text_is_an_error(texts: dict[str, list[Document]]) -> None:
 def test_arguments_out_of_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         calibrate(SedacRuntime(_model("llama")), TOKENIZER, [], **{**SIZES, **wrong})
+
+
+def test_weights_that_cannot_be_read_are_decided_by_the_exact_gate(texts: dict[str, list[Document]]) -> None:
+    model = _model("llama")
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(module, name, Opaque(child))
+    runtime = SedacRuntime(model)
+    report = calibrate(runtime, TOKENIZER, texts["llama"], share=0.8, objective="latency", **SIZES)
+    assert report.needed_bytes == pytest.approx(0.8, abs=0.06)
+    with pytest.raises(UnsupportedModelError, match="latency"):
+        calibrate(runtime, TOKENIZER, texts["llama"], share=0.8, objective="throughput", **SIZES)
+    assert runtime.policy is not None
+    assert runtime.policy.cut == "select"

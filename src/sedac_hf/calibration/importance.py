@@ -12,8 +12,10 @@ from sedac_hf.calibration.allocation import SelectAllocation, TruncateAllocation
 from sedac_hf.calibration.collect import Statistics
 from sedac_hf.calibration.compensate import fit_compensation
 from sedac_hf.calibration.sensitivity import sensitivities
+from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.evaluation import WindowSet
 from sedac_hf.ffn.compensation import LevelCompensation
+from sedac_hf.ffn.linears import is_plain, weight_of
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.runtime import SedacRuntime
 from sedac_hf.runtime.stats import NEEDED_ELEMENT_BYTES
@@ -46,7 +48,17 @@ def truncate_allocation(
     """Channel order (rms of h_j times the norm of down's column j), put in place; widths; compensation.
 
     Each FFN's sensitivity is measured at half its width, compensated.
+
+    Raises:
+        UnsupportedModelError: weights that cannot be permuted.
     """
+    for site in runtime.sites:
+        if not all(is_plain(linear) and not weight_of(linear).is_meta for linear in site.linears):
+            raise UnsupportedModelError(
+                f'objective="throughput" needs FFN weights that are in memory and can be put in another order, got '
+                f"{[type(linear).__name__ for linear in site.linears]} at {site.name!r}: calibrate with "
+                'objective="latency", where the exact gate can decide'
+            )
     worth = []
     for site, power in zip(runtime.sites, statistics.power, strict=True):
         norm = torch.linalg.vector_norm(site.parts()[2].detach(), dim=0, dtype=torch.float32).cpu()

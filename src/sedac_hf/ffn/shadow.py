@@ -97,10 +97,8 @@ class ExactGate:
         self.activation = site.activation
         self._original: Callable[[Tensor], Tensor] = self.linear.forward
         self.unit_norm = _probed_unit_norms(site)
-        self.bytes = sum(p.numel() * p.element_size() for p in self.linear.parameters())
         self.multiply_adds = site.hidden_size * site.intermediate_size
-        if site.kind == "fused":
-            self.bytes //= 2
+        self.bytes = 2 * self.multiply_adds  # as a bf16 base holds it, like all of the needed share
 
     def importance(self, x: Tensor) -> Tensor:
         """Importance of each unit for x [n, d] -> float32 [n, f]; no gradient."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
@@ -90,11 +89,11 @@ def _deciding(site: FFNSite) -> Shadow | ExactGate:
 
 def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
     matrices = 2 if site.kind == "plain" else 3
-    weight: Any = site.down.weight
+    weight = next(iter(site.down.parameters()), None)
     return SiteCost(
         units=site.intermediate_size,
         unit_parameters=matrices * site.hidden_size,
-        element_bytes=weight.element_size(),
+        element_bytes=4 if weight is None else weight.element_size(),
         shadow_bytes=0 if shadow is None else shadow.bytes,
         shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
     )
