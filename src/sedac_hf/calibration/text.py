@@ -81,7 +81,9 @@ def _windows(
         raise CalibrationError(too_little.format(least=least, got=0))
     try:
         sample = "".join(document.text for document in documents[:8])[:_SAMPLE_CHARACTERS]
-        per_token = max(len(sample) / max(len(tokenizer(sample, add_special_tokens=False).input_ids), 1), 0.25)
+        per_token = max(
+            len(sample) / max(len(tokenizer(sample, add_special_tokens=False, verbose=False).input_ids), 1), 0.25
+        )
         length = int(per_token * max(1.1 * wanted / len(documents), min(context, _LEAST_SLICE)))
         generator = np.random.default_rng(seed + 1)
         slices = [_slice(document, length, generator) for document in documents]

@@ -77,16 +77,15 @@ def command(
         settings.setdefault("context", 256)  # what it was trained at
     if law is not None:
         loaded = with_law(loaded, words, texts, law, progress=not json_output, **settings)
-        if out is not None:
-            loaded.save_pretrained(out, adapter_only=adapter_only)
-        typer.echo(json.dumps({"law": loaded.config.layer_configs}) if json_output else LAW_NOTE)
-        return
-    report = loaded.calibrate(words, texts, progress=not json_output, **settings)
+        figures, table = {"law": loaded.config.layer_configs}, LAW_NOTE
+    else:
+        report = loaded.calibrate(words, texts, progress=not json_output, **settings)
+        figures, table = report.to_dict(), str(report)
     if out is not None:
         loaded.save_pretrained(out, adapter_only=adapter_only)
         if not adapter_only:
             words.save_pretrained(out)
-    typer.echo(json.dumps(report.to_dict(), indent=1) if json_output else str(report))
+    typer.echo(json.dumps(figures, indent=1) if json_output else table)
     if out is not None and not json_output:
         typer.echo(f"saved to {out}")
 
@@ -106,7 +105,7 @@ def with_law(
     if n_levels is not None:
         settings["n_levels"] = n_levels
     # any position of the dial fits probes and order; a share is the one that always exists
-    model.calibrate(tokenizer, texts, objective="throughput", share=0.9, **settings)
+    model.calibrate(tokenizer, texts, objective="throughput", share=0.9, refit_compensation=False, **settings)
     policy = model.runtime.policy
     assert policy is not None
     defaults = {"confidence_decay": model.config.confidence_decay, "soft_exit": True, "alpha": model.config.alpha}

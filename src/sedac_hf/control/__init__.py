@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sedac_hf.configuration import LayerConfig
+from sedac_hf.configuration import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 from sedac_hf.control.base import Controller, ForwardPass
 from sedac_hf.errors import ConfigError
 
@@ -65,10 +65,10 @@ def make_controller(
     layer_configs: Sequence[LayerConfig],
     *,
     controller: str = "auto",
-    alpha: float = 0.1,
-    confidence_decay: float = 0.9,
+    alpha: float = DEFAULT_ALPHA,
+    confidence_decay: float = DEFAULT_CONFIDENCE_DECAY,
     soft_exit: bool = True,
-    n_levels: int = 8,
+    n_levels: int = DEFAULT_N_LEVELS,
 ) -> Controller:
     """Make a controller of the named engine; the arguments are those of `CascadeController`.
 

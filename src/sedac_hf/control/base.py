@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sedac_hf.configuration import LayerConfig
+from sedac_hf.configuration import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 from sedac_hf.control.checks import check_settings, checkpoint_at
 from sedac_hf.outputs import CascadeDecisions
 
@@ -169,10 +169,10 @@ class EngineBase:
         self,
         layer_configs: Sequence[LayerConfig],
         *,
-        alpha: float = 0.1,
-        confidence_decay: float = 0.9,
+        alpha: float = DEFAULT_ALPHA,
+        confidence_decay: float = DEFAULT_CONFIDENCE_DECAY,
         soft_exit: bool = True,
-        n_levels: int = 8,
+        n_levels: int = DEFAULT_N_LEVELS,
     ) -> None:
         check_settings(layer_configs, alpha, confidence_decay, soft_exit, n_levels)
         self._layer_configs = tuple(layer_configs)
@@ -180,6 +180,11 @@ class EngineBase:
         self._confidence_decay = float(confidence_decay)
         self._soft_exit = bool(soft_exit)
         self._n_levels = int(n_levels)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What an engine makes of the settings."""
+        raise NotImplementedError
 
     @property
     def layer_configs(self) -> tuple[LayerConfig, ...]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control.base import CONFIDENCE_FLOOR, EngineBase, level_cut_points
 from sedac_hf.control.checks import (
     THRESHOLD_FLOOR,
@@ -65,19 +63,8 @@ class PythonForwardPass:
 class PythonController(EngineBase):
     """The cascade in NumPy; the contract is `sedac_hf.control.base.Controller`."""
 
-    def __init__(
-        self,
-        layer_configs: Sequence[LayerConfig],
-        *,
-        alpha: float = 0.1,
-        confidence_decay: float = 0.9,
-        soft_exit: bool = True,
-        n_levels: int = 8,
-    ) -> None:
-        super().__init__(
-            layer_configs, alpha=alpha, confidence_decay=confidence_decay, soft_exit=soft_exit, n_levels=n_levels
-        )
-        self._decay = np.float32(confidence_decay)
+    def _set_up(self) -> None:
+        self._decay = np.float32(self._confidence_decay)
         self._weights = np.array([config.confidence_weight for config in self._layer_configs], np.float32)
         self._targets = np.array([config.target_exit_rate for config in self._layer_configs], np.float32)
         self._cut_points = level_cut_points(self._n_levels)

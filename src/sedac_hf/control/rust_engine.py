@@ -6,14 +6,12 @@ words as every other engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sedac_hf import _rust
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control.base import EngineBase
 from sedac_hf.control.checks import (
     check_array,
@@ -32,18 +30,7 @@ _REFUSALS = (TypeError, ValueError, OverflowError)
 class RustController(EngineBase):
     """The cascade in Rust; the contract is `sedac_hf.control.base.Controller`."""
 
-    def __init__(
-        self,
-        layer_configs: Sequence[LayerConfig],
-        *,
-        alpha: float = 0.1,
-        confidence_decay: float = 0.9,
-        soft_exit: bool = True,
-        n_levels: int = 8,
-    ) -> None:
-        super().__init__(
-            layer_configs, alpha=alpha, confidence_decay=confidence_decay, soft_exit=soft_exit, n_levels=n_levels
-        )
+    def _set_up(self) -> None:
         layers = [
             (c.layer_idx, c.target_exit_rate, c.initial_threshold, c.confidence_weight) for c in self._layer_configs
         ]

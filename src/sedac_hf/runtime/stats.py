@@ -54,9 +54,10 @@ class CheckpointStats:
 class SedacStats:
     """A snapshot of a runtime's totals since the last reset.
 
-    Shares are of all FFNs and all tokens. ``needed_*``: what the tokens' operating points use; ``saved_*``: what this
-    run did not spend. ``fail_safe``: token x checkpoint decisions sent to full width because of an unusable risk or an
-    unreadable call. ``choices``: how often ``generate`` chose to cut or to run at full width, with its reason.
+    Shares are of all FFNs and all tokens; padding positions of a batch run, and count, as tokens. ``needed_*``: what
+    the tokens' operating points use; ``saved_*``: what this run did not spend. ``fail_safe``: token x checkpoint
+    decisions sent to full width because of an unusable risk or an unreadable call. ``choices``: how often ``generate``
+    chose to cut or to run at full width, with its reason.
     """
 
     tokens: int
