@@ -63,3 +63,23 @@ def test_judge_pairs_documents_and_bounds_from_above() -> None:
     rise, bound = judge(dense, cut, 0.95, 0)
     assert rise == pytest.approx(float((rises * tokens).sum() / tokens.sum()))
     assert rise < bound < rise + 0.005
+
+
+def test_the_budget_holds_about_as_often_as_the_confidence_says() -> None:
+    generator = np.random.default_rng(0)
+    n, limit, rate, broken, trials = 18, math.log1p(0.01), 8.0, 0, 120
+    for _ in range(trials):
+        tokens = generator.integers(300, 1500, n)
+        dense = DocumentScores(np.zeros(n), tokens, tokens)
+        common = generator.standard_normal(n)
+
+        def run(share: float, dense: DocumentScores = dense, common: np.ndarray = common) -> Judged:
+            own = 0.9 * common + math.sqrt(1 - 0.9**2) * generator.standard_normal(n)
+            factor = np.exp(0.5 * own - 0.5**2 / 2)  # documents differ in harm; its mean is 1
+            cut = DocumentScores(0.3 * math.exp(-rate * share) * factor * dense.tokens, dense.tokens, dense.tokens)
+            return Judged(share, share, share, *judge(dense, cut, 0.95, 0), cut)
+
+        start = math.log(0.3 / (0.75 * limit)) / rate + generator.normal() * 0.02
+        chosen, _ = certify(run, 0.01, start, rate, 0.1)
+        broken += 0.3 * math.exp(-rate * chosen.share) > limit
+    assert broken <= 12  # 6 are expected at 95%; more than 12 would come up once in a hundred times
