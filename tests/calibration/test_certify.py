@@ -27,18 +27,21 @@ def _harm(scale: float, rate: float, margin: float):
 @settings(deadline=None, max_examples=60)
 @given(
     scale=st.floats(0.02, 0.5), rate=st.floats(3, 12), start=st.floats(0.1, 0.95), budget=st.floats(0.003, 0.05),
-    guess=st.floats(0.5, 2),
+    guess=st.floats(0.3, 5),
 )  # fmt: skip
 def test_what_is_returned_keeps_the_budget_and_was_run(
     scale: float, rate: float, start: float, budget: float, guess: float
 ) -> None:
     run = _harm(scale, rate, 0.0005)
-    try:
-        chosen, tried = certify(run, budget, start, rate * guess, 0.2)
-    except CalibrationError:
+    if run(0.98).bound > math.log1p(budget):
+        with pytest.raises(CalibrationError):
+            certify(run, budget, start, rate * guess, 0.2)
         return
+    chosen, tried = certify(run, budget, start, rate * guess, 0.2)
     assert chosen in tried
     assert chosen.bound <= math.log1p(budget)
+    best = -math.log((math.log1p(budget) - 0.0005) / scale) / rate
+    assert chosen.share <= max(best, 0.2) + 0.15
 
 
 @pytest.mark.parametrize("start", [0.3, 0.5, 0.8])

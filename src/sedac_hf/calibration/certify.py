@@ -12,7 +12,9 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.bounds import mean_difference, upper_bound
 
-_TRIES = 5
+_TRIES = 5  # in all, or more where it took long to find one that keeps the budget
+_REFINED = 2  # tries after the first that keeps the budget
+_STRIDE = 0.25  # of the share, the longest step
 _CLOSE = 0.005  # a step of the dial that is not worth another run
 
 
@@ -66,25 +68,27 @@ def certify(
         start: first share tried; rate: per unit of share; least: the smallest share that exists.
 
     Raises:
-        CalibrationError: no share that was tried keeps the budget.
+        CalibrationError: not even the largest share keeps the budget.
     """
     limit = math.log1p(budget)
     tried: list[Judged] = []
     share = start
     most = 0.98
-    for _ in range(_TRIES):
+    while True:
         share = min(max(share, least), most)
         tried.append(run(share))
         kept = [item for item in tried if item.bound <= limit]
         failed = [item for item in tried if item.bound > limit]
         floor = max((item.share for item in failed), default=least)
         ceiling = min((item.share for item in kept), default=most)
-        if ceiling - floor < _CLOSE or floor >= most:
+        first_kept = next((i for i, item in enumerate(tried) if item.bound <= limit), len(tried))
+        refined = len(tried) - 1 - first_kept
+        if ceiling - floor < _CLOSE or floor >= most or (len(tried) >= _TRIES and refined >= _REFINED):
             break
         nearest = tried[-1]
-        step = math.log(max(nearest.bound, 0.05 * limit) / (0.97 * limit)) / rate
-        proposed = nearest.share + float(np.clip(step, -0.25, 0.25))
-        if not kept and proposed >= most:
+        step = math.log(max(nearest.bound, 0.05 * limit) / (0.97 * limit)) / _fall(tried, rate)
+        proposed = nearest.share + float(np.clip(step, -_STRIDE, _STRIDE))
+        if not kept and (proposed >= most or len(tried) >= _TRIES):
             proposed = most  # the mildest there is: if that fails, none will do
         elif not floor < proposed < ceiling:
             proposed = (floor + ceiling) / 2
@@ -101,3 +105,13 @@ def certify(
             "budget, or more documents if the bounds are far above the estimates"
         )
     return min(kept, key=lambda item: item.needed_bytes), tried
+
+
+def _fall(tried: list[Judged], rate: float) -> float:
+    """How fast the bound falls with the share, from the last two tries: more slowly than harm where text is little."""
+    if len(tried) < 2:
+        return rate
+    before, last = tried[-2:]
+    if min(before.bound, last.bound) <= 0 or before.share == last.share:
+        return rate
+    return float(np.clip(math.log(before.bound / last.bound) / (last.share - before.share), rate / 8, 2 * rate))
