@@ -1,6 +1,6 @@
 """Quality against compute on the embedded decoder: perplexity at given needed shares, on at least 50,000 tokens.
 
-    python benchmarks/quality.py [--tokens 51000] [--json FILE]
+    python benchmarks/quality.py [--tokens 51000] [--objective throughput] [--no-refit] [--json FILE]
 
 Calibration and evaluation use disjoint held-out files of this Python's standard library; the dense figure is of the
 same run. A share that calibration could not meet exactly is printed as it was measured. Beside each policy stands the
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sedac_hf import SedacForCausalLM, load_demo
-from sedac_hf.calibration.constant import at_constant_level, prepared
+from sedac_hf.calibration.dial import prepared
 from sedac_hf.calibration.pipeline import fitted_dial
 from sedac_hf.calibration.spread import Reference
 from sedac_hf.cli.demo import CONTEXT, print_table
@@ -48,7 +48,7 @@ def constant_row(
         asked = share
         with prepared(runtime, dial):
             for _ in range(2):  # once to see what the tokens really use, once with that put right
-                with at_constant_level(runtime, dial, asked):
+                with runtime.forced(*dial.constant(asked)):
                     row = measure(model, windows, dense, "constant level, same share", "constant")
                 asked += row.bytes_not_needed - (1 - share)
             kl, _ = reference.constant_kl(dial, asked)
@@ -61,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=51_000, help="held-out tokens to score")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration")
+    parser.add_argument("--objective", choices=SHARES, action="append", help="only this one; default: both")
+    parser.add_argument("--no-refit", action="store_true", help="leave compensation as each FFN alone wants it")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
 
@@ -70,8 +72,8 @@ def main() -> None:
     dense = score(model, windows)
     reference = Reference(model.runtime, windows, KL_TOKENS)
     rows, seconds, kl = [dense_row(dense)], {}, {}
-    for objective, shares in SHARES.items():
-        for share in shares:
+    for objective in arguments.objective or SHARES:
+        for share in SHARES[objective]:
             start = time.monotonic()
             report = model.calibrate(
                 tokenizer,
@@ -80,6 +82,7 @@ def main() -> None:
                 objective=objective,
                 context=CONTEXT,
                 seed=arguments.seed,
+                refit_compensation=not arguments.no_refit,
             )
             print(report)
             name = f"{model.config.cut}, share {share:.0%} asked"

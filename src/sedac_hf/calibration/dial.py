@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,11 +18,27 @@ from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
+from sedac_hf.runtime import SedacRuntime
 
 Compensate = Callable[[int, Mapping[int, int], int], "LevelCompensation | None"]
 """(site, level -> width, n_levels) -> compensation."""
 
+Forcing = tuple[list[OperatingPoint], list["LevelCompensation | None"]]
+"""Points and compensation per FFN, as `SedacRuntime.forced` takes them."""
+
 _STEPS = 40
+
+
+@contextmanager
+def prepared(runtime: SedacRuntime, dial: Dial) -> Iterator[None]:
+    """Channel order or shadows of a dial in place, no policy; the runtime must be bare, and is bare afterwards."""
+    runtime.weights.reorder(dial.channel_order)
+    try:
+        if dial.cut == "select":
+            runtime.build_shadows()
+        yield
+    finally:
+        runtime.uninstall()
 
 
 @dataclass
@@ -36,7 +53,7 @@ class Dial:
         probe_share: cost of the probes, as a share of all FFNs.
         gain: slope of C per predicted log harm; 0: constant level.
         offset: needed share that tokens turn out to use beyond what their levels stand for on average.
-    refitted: level -> site -> compensation (of two levels, 1 the point) that takes the fitted one's place.
+        refitted: level -> site -> compensation (of two levels, 1 the point) that takes the fitted one's place.
     """
 
     cut: Cut
@@ -59,7 +76,6 @@ class Dial:
 
     def __post_init__(self) -> None:
         self.governed = [i for i, segment in enumerate(self.segments) if segment >= 0]
-        self.head = [i for i, segment in enumerate(self.segments) if segment < 0]
         n = self.n_levels
         self.thresholds = {level: threshold_for(self.allocation, level / n, self.governed) for level in range(1, n)}
         shares = {level: self.allocation.shares(t) for level, t in self.thresholds.items()}
@@ -84,31 +100,27 @@ class Dial:
         lowest = threshold_for(self.allocation, 1 / self.n_levels)
         return self.deciding_share + mean_share(self.allocation, lowest, range(len(self.segments)))
 
-    def constant(self, share: float) -> tuple[list[OperatingPoint], list[LevelCompensation | None], float]:
-        """One operating point per FFN for all tokens, at ``share`` of all FFNs with no probes in it.
+    def constant(self, share: float) -> Forcing:
+        """The best constant level: one operating point per FFN for all tokens, at ``share`` of all FFNs, no probes."""
+        return self._forcing(self.allocation.points(threshold_for(self.allocation, share)))
 
-        Returns points and compensation in the form of `SedacRuntime.forced`, and the share reached.
-        """
-        threshold = threshold_for(self.allocation, share)
-        points = self.allocation.points(threshold)
-        compensation = [self.compensate(i, {1: point.width}, 2) for i, point in enumerate(points)]
-        return points, compensation, mean_share(self.allocation, threshold, range(len(points)))
-
-    def level_points(self, level: int, share: float) -> tuple[list[OperatingPoint], list[LevelCompensation | None]]:
-        """What all tokens at one level would run, in the form of `SedacRuntime.forced`, nothing refitted.
+    def level_points(self, level: int, share: float) -> Forcing:
+        """What all tokens at one level would run, nothing refitted.
 
         share: the dial's position, for the FFNs before the first checkpoint.
         """
         points = self.allocation.points(self.thresholds[level])
         position = self.allocation.points(self._threshold(share))
-        points = [position[i] if segment < 0 else points[i] for i, segment in enumerate(self.segments)]
-        return points, [self.compensate(i, {1: point.width}, 2) for i, point in enumerate(points)]
+        return self._forcing([position[i] if segment < 0 else points[i] for i, segment in enumerate(self.segments)])
 
     def levels_in_use(self, share: float, least: float) -> list[int]:
         """Levels below the top that at least this part of the known tokens is given at some checkpoint."""
         levels = levels_of(self.policy(share).layer_configs, self._decay, self.n_levels, self.risks)
         counts = np.stack([np.bincount(row, minlength=self.n_levels + 1) / max(row.size, 1) for row in levels])
         return [level for level in range(1, self.n_levels) if counts[:, level].max() >= least]
+
+    def _forcing(self, points: list[OperatingPoint]) -> Forcing:
+        return points, [self.compensate(i, {1: point.width}, 2) for i, point in enumerate(points)]
 
     def _threshold(self, share: float) -> float:
         return threshold_for(self.allocation, share - self.deciding_share - self.offset)

@@ -8,8 +8,7 @@ import numpy as np
 
 from sedac_hf.calibration.allocation import threshold_for
 from sedac_hf.calibration.certify import Judged, certify, judge
-from sedac_hf.calibration.constant import at_constant_level, prepared
-from sedac_hf.calibration.dial import Dial
+from sedac_hf.calibration.dial import Dial, prepared
 from sedac_hf.calibration.fitting import Fitted
 from sedac_hf.calibration.report import CalibrationReport, CheckpointReport
 from sedac_hf.calibration.spread import HarmCurve, Settled
@@ -102,7 +101,7 @@ def constant_beside(
     asked = share
     with prepared(runtime, dial):
         for _ in range(2):  # once to see what the tokens of this text really use, once with that put right
-            with at_constant_level(runtime, dial, asked):
+            with runtime.forced(*dial.constant(asked)):
                 runtime.tally.reset()
                 cut = score_held_out(runtime, text, progress, "constant level")
                 stats = runtime.stats()
@@ -136,7 +135,7 @@ def report_of(
     if share is not None:
         notes.append("a share was asked for: the bound says what it costs, no budget was kept")
     refitted = sorted(level for level, sites in dial.refitted.items() if sites)
-    if refitted:
+    if refitted and settled.spread != 0:
         notes.append(f"compensation refitted against the dense stream at levels {', '.join(map(str, refitted))}")
     keeps = dial.allocation.shares(threshold_for(dial.allocation, chosen.share - dial.deciding_share))
     dtype = next(p.dtype for p in runtime.model.parameters() if p.is_floating_point())

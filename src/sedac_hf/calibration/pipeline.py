@@ -89,7 +89,7 @@ def calibrate(
         checkpoint_layers: only where a decoder is given; a runtime has its own.
         compensation_memory: most that compensation may add, as a share of the base's parameters.
         refit_compensation: also refit compensation against the dense stream, and keep it where that wins (only for
-            "throughput"; twice the time).
+            "throughput"; a third more time).
         moment_bytes: memory for second moments; where they need more, compensation is a bias alone.
 
     Raises:

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from sedac_hf.calibration.collect import stream
-from sedac_hf.calibration.constant import prepared
-from sedac_hf.calibration.dial import Dial
+from sedac_hf.calibration.dial import Dial, prepared
 from sedac_hf.calibration.spread import Reference
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.evaluation import Batch, WindowSet
 from sedac_hf.ffn.compensation import LevelCompensation
-from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.runtime import SedacRuntime
 from sedac_hf.runtime.replay import LayerReplay
 
@@ -83,12 +81,11 @@ class _Run:
 
     def advance(self, replay: LayerReplay, layer_idx: int, site: int | None, dense: list[Tensor]) -> None:
         """Through one layer, its FFN's compensation refitted on the way."""
-        point = None if site is None else self.points[site]
-        old = None if site is None else self.compensation[site]
-        fits = site in self.governed and old is not None and old.low_rank(1, self.hidden[0]) is not None
-        if fits and site is not None and point is not None and old is not None:
-            self.compensation[site] = self._refitted(replay, layer_idx, site, point, old, dense)
-            self.changed.append(site)
+        if site is not None and site in self.governed:
+            old = self.compensation[site]
+            if old is not None and old.low_rank(1, self.hidden[0]) is not None:
+                self.compensation[site] = self._refitted(replay, layer_idx, site, old, dense)
+                self.changed.append(site)
         with self.runtime.forced(self.points, self.compensation):
             self.hidden = replay.run(layer_idx, self.hidden)
 
@@ -97,22 +94,21 @@ class _Run:
         replay: LayerReplay,
         layer_idx: int,
         site: int,
-        point: OperatingPoint,
         old: LevelCompensation,
         dense: list[Tensor],
     ) -> LevelCompensation:
-        d = dense[0].shape[-1]
+        d, width = dense[0].shape[-1], self.points[site].width
         device = dense[0].device
-        total, drift = torch.zeros(point.width, device=device), torch.zeros(d, device=device)
+        total, drift = torch.zeros(width, device=device), torch.zeros(d, device=device)
         moment, cross = (
-            torch.zeros(point.width, point.width, device=device),
-            torch.zeros(point.width, d, device=device),
+            torch.zeros(width, width, device=device),
+            torch.zeros(width, d, device=device),
         )
         kept: list[Tensor] = []
 
         def keep(i: int, x: Tensor, h: Tensor) -> None:
             if i == site:
-                kept.append(h[:, : point.width].float().to(device))
+                kept.append(h[:, :width].float().to(device))
 
         n = 0
         with self.runtime.forced(self.points, self.compensation), self.runtime.observe(on_ffn=keep):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.calibration.collect import stream
-from sedac_hf.calibration.constant import at_constant_level, prepared
-from sedac_hf.calibration.dial import Dial
+from sedac_hf.calibration.dial import Dial, prepared
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import Batch, WindowSet, kl_to, scored_logits
 from sedac_hf.runtime import SedacRuntime
@@ -66,7 +65,7 @@ class Reference:
 
     def constant_kl(self, dial: Dial, share: float) -> tuple[float, float]:
         """The same, of a dial that is `prepared`, at the constant level for ``share``."""
-        return self.kl(at_constant_level(self.runtime, dial, share))
+        return self.kl(self.runtime.forced(*dial.constant(share)))
 
 
 @dataclass(frozen=True)
