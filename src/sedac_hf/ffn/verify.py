@@ -10,23 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sedac_hf.ffn.linears import close, is_readable, linear_shape
+from sedac_hf.ops.activations import KNOWN, Activation
 
-Activation = Callable[[Tensor], Tensor]
 # gate, up, down and their biases
 Parts = tuple["Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
-def gelu_tanh(z: Tensor) -> Tensor:
-    """GELU in its tanh form."""
-    return functional.gelu(z, approximate="tanh")
-
-
-def relu_squared(z: Tensor) -> Tensor:
-    return functional.relu(z).square()
-
-
-# Tried where the module names no activation that fits: classes that call the function inline.
-_COMMON: tuple[Activation, ...] = (functional.silu, functional.gelu, gelu_tanh, functional.relu, relu_squared)
 _ACTIVATION_NAME = re.compile(r"act|gelu|silu|swish|relu|nonlin|non_lin", re.I)
 
 
@@ -48,7 +37,8 @@ def verified_formula(
             return None
         z_up = functional.linear(x, up, up_bias)
         z = z_up if gate is None else functional.linear(x, gate, gate_bias)
-        for activation in (*_callables(owner), *_COMMON):
+        # The known functions are for classes that call theirs inline and name none.
+        for activation in (*_callables(owner), *KNOWN.values()):
             h = _applied(activation, z)
             if h is None:
                 continue
