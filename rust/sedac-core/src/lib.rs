@@ -10,6 +10,7 @@
 //! - [`CascadeController`]: the law and the shared, atomic thresholds.
 //! - [`ForwardPass`]: the state of one pass over a batch; any number may be alive at once.
 //! - [`LevelPlan`]: a batch sorted by level.
+//! - [`ParameterBlock`]: the law in whole numbers, for devices that cannot ask the host; with its oracle.
 //!
 //! # Usage, and what each step costs
 //!
@@ -41,17 +42,25 @@ mod controller;
 mod decisions;
 mod error;
 mod parallel;
+mod parameter_block;
 mod pass;
 mod plan;
+mod resolution;
 mod schedule;
 mod thresholds;
+mod twin;
 
 pub use accumulator::CONFIDENCE_FLOOR;
 pub use config::{CascadeConfig, LayerConfig, MAX_CHECKPOINTS, WEIGHT_CEILING};
 pub use controller::CascadeController;
 pub use decisions::{Decisions, ExitDecision};
 pub use error::Error;
+pub use parameter_block::{
+    CheckpointParameters, ParameterBlock, RISK_BEYOND, RISK_BITS, RISK_UNUSABLE, STATE_FAILED, STATE_LATCHED,
+    STATE_SUNK,
+};
 pub use pass::ForwardPass;
 pub use plan::LevelPlan;
 pub use schedule::{KeepLevels, MAX_LEVELS};
 pub use thresholds::THRESHOLD_FLOOR;
+pub use twin::Replay;
