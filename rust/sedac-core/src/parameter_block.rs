@@ -28,7 +28,7 @@
 //! # Distance from the float law
 //!
 //! Two cascades whose C differ by at most [`distance`](ParameterBlock::distance) give the same level unless C lies that
-//! near a cut point or target. The greatest part of it is the step of the risk: `w / tau * 2^-s`, 0.0003 with the
+//! near a cut point or target. The greatest part of it is the step of the risk: `w / tau * 2^-s`, 0.0001 with the
 //! design's defaults.
 
 use crate::{

@@ -26,7 +26,7 @@ pub(crate) fn lowest(weights: &[f64]) -> f64 {
     f64::from(CONFIDENCE_FLOOR) * weights.iter().sum::<f64>()
 }
 
-/// How far a risk at the end of each checkpoint's range must lower C.
+/// How far a risk at the end of each checkpoint's range must at least lower C.
 pub(crate) fn drops(config: &CascadeConfig, gamma: f64, weights: &[f64]) -> Vec<f64> {
     let highest: Vec<f64> = weights
         .iter()
@@ -47,7 +47,7 @@ pub(crate) fn drops(config: &CascadeConfig, gamma: f64, weights: &[f64]) -> Vec<
     (0..weights.len())
         .map(|i| {
             let mut carried = 1.0;
-            let mut drop = weights[i];
+            let mut drop = 1.9 * weights[i]; // for the log: threshold updates follow risks up to 1.9 thresholds
             for (j, highest) in highest.iter().enumerate().skip(i) {
                 if carried > 0.0 {
                     drop = drop.max((highest - counts_from(j)) / carried);

@@ -181,7 +181,7 @@ fn the_designs_numbers() {
     let single =
         CascadeConfig::new(vec![LayerConfig::new(0, 0.5, 1.0, 1.0)]).unwrap().with_n_levels(2).unwrap();
     let block = CascadeController::new(single).parameter_block();
-    let (_, levels) = run(&block, &[0.5, 0.500_1, f32::NAN, f32::INFINITY, -3.0, 1e30], 6);
+    let (_, levels) = run(&block, &[0.5, 0.500_2, f32::NAN, f32::INFINITY, -3.0, 1e30], 6);
     assert_eq!(levels, [1, 2, 2, 2, 1, 2]);
 }
 
