@@ -282,6 +282,10 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         finally:
             current_generation.reset(token)
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` runs decode steps with where it compiles: one graph, the law on the device inside it."""
+        return self.runtime.captured.around(super().get_compiled_call(compile_config), self.__call__)
+
     @contextmanager
     def disable(self) -> Iterator[SedacForCausalLM]:
         """The base as it was, order and all, for the length of a ``with`` block. Not for concurrent use."""

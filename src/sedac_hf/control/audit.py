@@ -15,8 +15,8 @@ from sedac_hf.control.torch_engine import DeviceLaw
 
 logger = logging.getLogger(__name__)
 
-OnReplay = Callable[[int, NDArray[np.bool_], NDArray[np.float32], int], None]
-"""Called with (checkpoint_idx, exited bool [n], ratio float32 [n], risks that were unusable), as the law has them."""
+OnReplay = Callable[[LoggedPasses, NDArray[np.bool_], NDArray[np.float32]], None]
+"""Called with the log and what the law makes of it: exited bool, ratio float32, both [n_checkpoints, n]."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class DecisionAudit:
             self._mismatches += mismatches
             self._decisions += part.levels.size
             if self._on_replay is not None:
-                for i, risk_q in enumerate(part.risk_q):
-                    self._on_replay(i, exited[i], ratios[i], int(np.count_nonzero(risk_q < 0)))
+                self._on_replay(part, exited, ratios)
         if not parts:
             return
         if self._adaptive:

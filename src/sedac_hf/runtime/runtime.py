@@ -23,7 +23,7 @@ from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.probes import ProbeBank
-from sedac_hf.runtime.execution import Execution
+from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall
 from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
@@ -89,6 +89,7 @@ class SedacRuntime:
         self.probes_decide = True
         self.on_decision: OnDecision | None = None
         self.planner = GenerationPlanner(self)
+        self.captured = CapturedExecution(self)
         self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
 
     # ---------------------------------------------------------------- policy
@@ -150,13 +151,14 @@ class SedacRuntime:
         """Put hooks on the checkpoint layers and around the forward, and make the FFNs cuttable."""
         if self._attachment is not None:
             return
-        attachment, execution = Attachment(), Execution(self)
+        attachment, execution = Attachment(), self.captured
         try:
             attachment.around_forward(self.model, execution.begin, execution.end)
             for idx, layer in enumerate(self.checkpoint_layers):
                 attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
             for i, site in enumerate(self.sites):
-                attachment.replace_forwards(forward_replacements(site, functools.partial(execution.site_cut, i)))
+                replacements = forward_replacements(site, functools.partial(execution.site_cut, i))
+                attachment.replace_forwards(execution.switch(i, site, replacements))
         except BaseException:
             attachment.detach()
             raise
@@ -242,6 +244,7 @@ class SedacRuntime:
 
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
+        self.captured.flush()
         return self.tally.snapshot()
 
 
