@@ -11,6 +11,7 @@ has integers inside a group, so engines differ by the rounding of a few float ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,6 +101,24 @@ class LowBitMatrix:
 
     def to(self, device: torch.device) -> LowBitMatrix:
         return LowBitMatrix(self.codes.to(device), self.scales.to(device), self.columns, self.bits)
+
+
+def importance(
+    x: Tensor,
+    deciding: LowBitMatrix,
+    bias: Tensor | None,
+    unit_norm: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    rows: range | None = None,
+) -> Tensor:
+    """Importance ``|act(z)| * unit_norm`` of each unit (or of the consecutive ``rows``), with z the product of the
+    low-bit rows and the rounded activations, plus the bias: x [n, d] -> float32 [n, f]; no gradient."""
+    lo, hi = (0, unit_norm.numel()) if rows is None else (rows.start, rows.stop)
+    with torch.no_grad():
+        z = deciding.product(int8_rows(x), lo, hi)
+        if bias is not None:
+            z += bias[lo:hi]
+        return activation(z).abs() * unit_norm[lo:hi]
 
 
 def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
