@@ -284,6 +284,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` runs decode steps with where it compiles: one graph, the law on the device inside it."""
+        if getattr(self, "_compiled_for", None) != id(self):  # a copy of the model holds the other one's graph
+            self.__dict__.pop("_compiled_call", None)
+            self._compiled_for = id(self)
         return self.runtime.captured.around(super().get_compiled_call(compile_config), self.__call__)
 
     @contextmanager
@@ -302,6 +305,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
 
     def reset_stats(self) -> None:
         """Start the totals of `stats` again from zero."""
+        self.runtime.captured.flush()
         self.runtime.tally.reset()
 
     def print_summary(self) -> None:

@@ -41,7 +41,7 @@ def test_a_replay_of_many_passes_finds_no_mismatch():
     _, law, log, audit = setting(every=3)
     for seed in range(20):  # the ring goes round
         one_pass(law, log, risks_of(1 + seed % 7, seed))
-        audit.after_pass()
+        audit.after_pass(1 + seed % 7)
     decided = sum(1 + seed % 7 for seed in range(20)) * 3
     assert audit.flush() == AuditCounts(decided, 0, 0)
     assert audit.flush() == AuditCounts(decided, 0, 0), "nothing is replayed twice"

@@ -38,7 +38,7 @@ class DecisionAudit:
     Args:
         controller: the law's owner, which `law` was made from.
         law, log: what the graphs run, and where they write.
-        every: passes between two looks at the log.
+        every: passes between two looks at the log; large passes make it look before the ring is full.
         adaptive_thresholds: feed the logged risks to `update_threshold`, once per look.
         on_replay: told what was decided, for statistics.
     """
@@ -58,6 +58,7 @@ class DecisionAudit:
         self._log = log
         self._every = every
         self._passes = 0
+        self._tokens = 0
         self._decisions = 0
         self._mismatches = 0
         self._adaptive = adaptive_thresholds
@@ -68,10 +69,13 @@ class DecisionAudit:
         """Totals so far; call `flush` first to have everything in them."""
         return AuditCounts(self._decisions, self._mismatches, self._log.dropped)
 
-    def after_pass(self) -> None:
+    def after_pass(self, n_tokens: int) -> None:
         """Count a pass; every so many of them, look at what has arrived. Never waits for the device."""
         self._passes += 1
-        if self._passes % self._every == 0:
+        self._tokens += n_tokens
+        # What is asked for at one look arrives at the next, so two stretches must fit into the ring.
+        if self._passes >= self._every or self._tokens >= self._log.capacity // 4:
+            self._passes = self._tokens = 0
             self._replay(self._log.collect())
 
     def flush(self) -> AuditCounts:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from sedac_hf.control.audit import AuditCounts, DecisionAudit
 from sedac_hf.control.decision_log import DecisionLog
@@ -32,6 +33,8 @@ from sedac_hf.runtime.observation import hidden_of
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
+logger = logging.get_logger(__name__)
+
 
 class CapturedPass:
     """What goes from layer to layer while a forward is traced; empty before and after it."""
@@ -43,15 +46,19 @@ class CapturedPass:
 
 
 class CapturedExecution(Execution):
-    """`Execution` outside of a trace; the law on the device inside of one, once `prepare` has put it there."""
+    """`Execution` outside of a trace; the law on the device inside of one that `around` began.
+
+    Two threads may not run compiled calls of one model at once: law and log are one set of buffers.
+    """
 
     def __init__(self, runtime: SedacRuntime) -> None:
         super().__init__(runtime)
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        self.ready = False
-        self.whole = False  # every FFN of the next call runs untouched
+    def reset(self) -> None:
+        """Forget law, log and tables; decisions that were not replayed yet are not counted any more."""
+        self.serving = False  # a compiled call of ours is running
+        self.whole = False  # every FFN of it runs untouched
         self._made_for: tuple[Any, ...] | None = None
         self.current = CapturedPass()
 
@@ -60,11 +67,11 @@ class CapturedExecution(Execution):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reset()
+        self.reset()
 
     @property
     def tracing(self) -> bool:
-        return self.ready and torch.compiler.is_compiling()
+        return self.serving and torch.compiler.is_compiling()
 
     # ---------------------------------------------------------------- on the host, between calls
 
@@ -74,7 +81,6 @@ class CapturedExecution(Execution):
         policy = runtime.policy
         why = self._obstacle()
         if why is not None or policy is None:
-            self.ready = False
             return why
         weight = weight_of(runtime.sites[0].down)
         made_for = (policy, runtime.controller, runtime.adaptive_thresholds, weight.device, weight.dtype)
@@ -82,13 +88,12 @@ class CapturedExecution(Execution):
             self._build(weight.device)
             self._made_for = made_for
         self.law.upload()
-        self.ready = True
         return None
 
     def _obstacle(self) -> str | None:
         runtime = self._runtime
         if runtime.policy is None:
-            return None
+            return "no policy is installed"
         if not hasattr(runtime.controller, "parameter_block"):
             return "the controller is not the compiled one"
         weights = [getattr(linear, "weight", None) for site in runtime.sites for linear in site.linears]
@@ -132,25 +137,35 @@ class CapturedExecution(Execution):
             if not runtime.attached:  # nothing of ours is in the graph
                 return compiled(*args, **kwargs)
             shape = call_shape(args, kwargs)
-            if shape is None or runtime.forcing is not None or runtime.on_decision is not None or self.prepare():
-                return eager(*args, **kwargs)
             generation = current_generation.get()
-            here = generation is not None and generation.runtime is runtime
-            if here and generation is not None and _has_prompt(generation.prompt_length, shape[1], kwargs):
+            if generation is not None and generation.runtime is not runtime:
+                generation = None
+            if shape is None or runtime.forcing is not None or runtime.on_decision is not None:
                 return eager(*args, **kwargs)
-            self.whole = bool(runtime.whole_depth) or (here and generation is not None and generation.full_width)
-            output = compiled(*args, **kwargs)
-            if self.ready:
-                self.totals.ran(shape[0] * shape[1], whole=self.whole, before_change=self.flush)
-                if not self.whole:
-                    self.audit.after_pass()
+            if generation is not None and _has_prompt(generation.prompt_length, shape[1], kwargs):
+                return eager(*args, **kwargs)
+            why = self.prepare()
+            if why is not None:
+                logger.warning_once(f"decode steps are not compiled: {why}; they run eagerly, with the same result")
+                return eager(*args, **kwargs)
+            self.whole = bool(runtime.whole_depth) or (generation is not None and generation.full_width)
+            n_tokens = shape[0] * shape[1]
+            self.totals.starts(n_tokens, before_change=self.audit.flush)
+            self.serving = True
+            try:
+                output = compiled(*args, **kwargs)
+            finally:
+                self.serving = False
+            self.totals.ran(n_tokens, whole=self.whole)
+            if not self.whole:
+                self.audit.after_pass(n_tokens)
             return output
 
         return call
 
     def flush(self) -> AuditCounts | None:
         """Replay and count everything that graphs have decided so far; None where none ever ran."""
-        return self.audit.flush() if self.ready else None
+        return None if self._made_for is None else self.audit.flush()
 
     # ---------------------------------------------------------------- inside the trace
 

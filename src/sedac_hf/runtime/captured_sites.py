@@ -1,6 +1,8 @@
 """One FFN inside a captured graph: levels are a tensor on the device, so nothing here may depend on their values.
 
 What a level means at a site lies in small tables, one entry per level; a token's entries are looked up by its level.
+Recognised FFNs run as one of the operators of `sedac_hf.ops.library`, which skip what is not needed on CUDA.
+Everything else computes every unit and zeroes what a token does not use: right, and nothing is saved.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from sedac_hf.ffn.linears import is_readable
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.contract import Compensation, OperatingPoint
+from sedac_hf.ops.library import selected_ffn, truncated_ffn
 
 
 class CapturedSite(nn.Module):
@@ -29,6 +33,7 @@ class CapturedSite(nn.Module):
         cuts: whether some level runs less than the whole FFN.
         selects: whether some level chooses units by importance.
         whole_call: the owner's forward can be replaced whole (`run`); otherwise `mask` goes in front of down.
+        operator: name of the operator that runs a whole call, "" where plain torch masks.
     """
 
     widths: Tensor
@@ -60,12 +65,38 @@ class CapturedSite(nn.Module):
             (level, compensation.low_rank(level, like)) for level in range(len(points) - 1) if compensation is not None
         ]
         self.low_rank = [(level, *factors) for level, factors in maps if factors is not None]
+        self.activation = name_of(site.activation) if self.whole_call and site.activation is not None else None
+        self.operator = self._operator()
+
+    def _operator(self) -> str:
+        # A low-rank map reads the hidden units, which the operators keep to themselves.
+        if self.activation is None or self.low_rank:
+            return ""
+        if not self.selects:
+            return "truncated_ffn"
+        return "selected_ffn" if isinstance(self.shadow, Shadow) and self.shadow.deciding.bits == 4 else ""
 
     def run(self, x: Tensor, levels: Tensor) -> Tensor:
         """The whole FFN for x [n, d], each token cut to its level (int32 [n]): -> [n, d]."""
+        if self.operator:
+            y = self._operated(x, levels)
+            return y if self.bias is None else y + self.bias[levels]
         weights = self.site.weights()
         h = self.mask(weights.hidden(x), levels, x if self.selects else None, None)
         return self.compensated(nn.functional.linear(h, weights.down, weights.down_bias), h, levels)
+
+    def _operated(self, x: Tensor, levels: Tensor) -> Tensor:
+        gate, up, down, *biases = self.site.parts()
+        y: Tensor
+        if self.operator == "truncated_ffn":
+            y = truncated_ffn(x, self.widths[levels], gate, up, down, *biases, self.activation)
+            return y
+        shadow = self.shadow
+        assert isinstance(shadow, Shadow)
+        deciding = (shadow.deciding.codes, shadow.deciding.scales, shadow.bias, shadow.unit_norm)
+        chosen = (self.widths[levels], self.least[levels], *deciding)
+        y = selected_ffn(x, *chosen, gate, up, down, *biases, self.activation)
+        return y
 
     def mask(self, h: Tensor, levels: Tensor, x: Tensor | None, z: Tensor | None) -> Tensor:
         """Hidden units h [n, f] with those zeroed that a token does not use.

@@ -29,11 +29,14 @@ class CapturedTotals:
         self._skips_reads = device.type == "cuda"
         self._rows = 0  # tokens of a step; a captured graph has one shape
 
-    def ran(self, n_tokens: int, *, whole: bool, before_change: Callable[[], object]) -> None:
-        """One call of a graph, counted now; what it decided is counted when its log is replayed."""
+    def starts(self, n_tokens: int, *, before_change: Callable[[], object]) -> None:
+        """A call of so many tokens comes next; ``before_change`` must have all calls of another number replayed."""
         if n_tokens != self._rows:
             before_change()
             self._rows = n_tokens
+
+    def ran(self, n_tokens: int, *, whole: bool) -> None:
+        """One call of a graph, counted now; what it decided is counted when its log is replayed."""
         runtime = self._runtime
         runtime.tally.begin(n_tokens)
         for i, site in enumerate(runtime.sites):

@@ -137,6 +137,7 @@ class SedacRuntime:
     def uninstall(self) -> None:
         """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""
         self.detach()
+        self.captured.reset()
         self.weights.restore()
         self.policy = self.probes = self._controller = None
 
