@@ -38,6 +38,11 @@ class Launch(NamedTuple):
     down_stages: int
 
 
+def options(warps: int, stages: int) -> dict[str, int | bool]:
+    """Compiler options of a launch. Fused multiply-adds are asked for by name: Triton's default changes."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 # (most tokens of the call, launch for 2-byte weights); splits are filled in by shape. All unmeasured.
 _TRUNCATE: tuple[tuple[int | None, Launch], ...] = (
     (16, Launch(16, 32, 128, 64, 64, 0, 4, 4, 4, 4)),

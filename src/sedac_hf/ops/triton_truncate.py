@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.triton_down import covered_units, project_down
-from sedac_hf.ops.triton_launch import Launch, truncate_launch
+from sedac_hf.ops.triton_launch import Launch, options, truncate_launch
 from sedac_hf.ops.triton_tiles import hidden_tile, tile_widths
 
 
@@ -59,7 +59,7 @@ def truncated(
             x, gate, up, weights.gate_bias, weights.up_bias, widths, h, n, d, f,
             x.stride(0), *gate_strides, *up.stride(), h.stride(0),
             ACTIVATION=activation, UNITS_ADJACENT=up.stride(1) != 1, TOKENS=launch.tokens, UNITS=launch.units,
-            INPUTS=launch.inputs, DOWN_UNITS=launch.down_units, num_warps=launch.hidden_warps,
-            num_stages=launch.hidden_stages,
+            INPUTS=launch.inputs, DOWN_UNITS=launch.down_units,
+            **options(launch.hidden_warps, launch.hidden_stages),
         )  # fmt: skip
         return project_down(h, widths, None, weights.down, weights.down_bias, launch)
