@@ -62,7 +62,7 @@ class Compiled:
         return len(re.findall(instruction, self.code))
 
     def widths(self, instruction: str) -> dict[int, int]:
-        """How often a load occurs at each width in bits; LDGSTS names its width, LDG is 32 bits where it names none."""
+        """How often a load occurs at each width in bits; one that names no width has 32."""
         found: dict[int, int] = {}
         for modifiers in re.findall(rf"\b{instruction}(?=[. ])((?:\.\w+)*)", self.code):
             named = [int(part) for part in re.findall(r"\.[USB]?(8|16|32|64|128)\b", modifiers)]

@@ -103,9 +103,7 @@ def shadow_product(CODES, SCALES, X_CODES, X_GROUP_SUMS, X_SCALES, unit, read, r
         high = tl.load(x_group + _WORDS, mask=x_known[:, :, :, None], other=0)
         # Byte i of a group holds element i and, in its high half, element i + 32; both plus 8.
         sums = tl.sum(dot4(packed & 0x0F0F0F0F, low) + dot4((packed >> 4) & 0x0F0F0F0F, high), 3)
-        offset = tl.load(
-            X_GROUP_SUMS + row[:, None, None] * groups + group[None, None, :], mask=x_known, other=0
-        )
+        offset = tl.load(X_GROUP_SUMS + row[:, None, None] * groups + group[None, None, :], mask=x_known, other=0)
         scales = tl.load(
             SCALES + unit.to(tl.int64)[None, :, None] * groups + group[None, None, :], mask=known, other=0.0
         )
@@ -147,6 +145,19 @@ def selected_hidden(
         tl.store(ALIVE + unit, alive.to(tl.int8), mask=unit < f)
 
 
+def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [n, d], rows contiguous, as `low_bit.int8_rows` rounds it: codes int8 [n, groups * 64], their sums by group
+    int32 [n, groups], scales float32 [n]; a row that is not finite has a NaN scale."""
+    n, d = x.shape
+    groups = triton.cdiv(d, GROUP)
+    codes = x.new_empty(n, groups * GROUP, dtype=torch.int8)
+    sums = x.new_empty(n, groups, dtype=torch.int32)
+    scales = x.new_empty(n, dtype=torch.float32)
+    step = min(64, triton.next_power_of_2(groups))
+    round_rows[(n,)](x, codes, sums, scales, d, groups, x.stride(0), GROUPS=step, **options(8, 1))
+    return codes, sums, scales
+
+
 def selected(
     x: Tensor, widths: Tensor, importance_min: Tensor, shadow: ShadowRows, weights: FFNWeights, activation: str,
     launch: Launch | None = None,
@@ -172,13 +183,7 @@ def selected(
     up, gate = weights.up, weights.gate
     gate_strides = (0, 0) if gate is None else gate.stride()
     with torch.cuda.device_of(x):
-        x_codes = x.new_empty(n, groups * GROUP, dtype=torch.int8)
-        x_sums = x.new_empty(n, groups, dtype=torch.int32)
-        x_scales = x.new_empty(n, dtype=torch.float32)
-        round_rows[(n,)](
-            x, x_codes, x_sums, x_scales, d, groups, x.stride(0),
-            GROUPS=min(64, triton.next_power_of_2(groups)), **options(8, 1),
-        )  # fmt: skip
+        x_codes, x_sums, x_scales = rounded(x)
         h = x.new_empty(n, f)
         alive = x.new_empty(f, dtype=torch.int8)
         selected_hidden[(triton.cdiv(f, launch.units),)](

@@ -43,9 +43,7 @@ def truncated_hidden(
         )  # fmt: skip
 
 
-def truncated(
-    x: Tensor, widths: Tensor, weights: FFNWeights, activation: str, launch: Launch | None = None
-) -> Tensor:
+def truncated(x: Tensor, widths: Tensor, weights: FFNWeights, activation: str, launch: Launch | None = None) -> Tensor:
     """x [n, d] -> [n, outputs] in x's dtype; widths int32 [n] on x's device; ``activation`` names the weights' one."""
     n, d = x.shape
     f = weights.intermediate_size
