@@ -47,6 +47,11 @@ class Call:
     arguments: dict[str, Any]
     options: dict[str, int | bool]
 
+    @property
+    def rows(self) -> int:
+        x = self.arguments.get("X", self.arguments.get("Y"))
+        return int(x.shape[0])
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -105,12 +110,13 @@ def compiled(call: Call, capability: int = 90) -> Compiled:
     known: dict[tuple[int, ...], Any] = {}
     for place, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
             continue
         signature[parameter.name] = "*" + _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             known[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=known)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=call.options)

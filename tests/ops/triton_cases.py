@@ -334,8 +334,8 @@ SELECT_CASES: tuple[Case, ...] = (
 
 
 def check_rounding(engines: Engines) -> None:
-    """The rounding of x is `int8_rows`' bit for bit: halves to even, zero rows, many magnitudes, odd sizes; the scale of
-    a row that is not finite makes its products NaN."""
+    """The rounding of x is `int8_rows`' bit for bit: halves to even, zero rows, many magnitudes, odd sizes; a row that
+    is not finite has a NaN scale."""
     module = engines.modules["triton_select"]
     for d in (1, 63, 150):
         g = torch.Generator().manual_seed(d)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sedac_hf.ops.triton_launch import Launch, options
-from sedac_hf.ops.triton_tiles import plus_product, tile_widths
+from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, plus_product, tile_widths
 
 _ADDED_OUTPUTS = 512  # outputs that one program of the second kernel adds
 
@@ -27,7 +27,7 @@ def covered_units(widths, DOWN_UNITS: tl.constexpr):
     return tl.cdiv(tl.max(widths, 0), DOWN_UNITS) * DOWN_UNITS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def down_tiles(
     H, DOWN, DOWN_BIAS, WIDTHS, ALIVE, SUMS, Y, n, outputs, f, h_token, down_output, down_unit, y_token,
     UNITS_ADJACENT: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, DOWN_UNITS: tl.constexpr,
@@ -68,7 +68,7 @@ def down_tiles(
             tl.store(SUMS + row[None, :] * outputs + output[:, None], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def add_splits(
     SUMS, DOWN_BIAS, WIDTHS, Y, n, outputs, f, y_token,
     DOWN_UNITS: tl.constexpr, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr,

@@ -24,7 +24,7 @@ from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.low_bit import GROUP
 from sedac_hf.ops.triton_down import covered_units, project_down
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, Launch, options, select_launch
-from sedac_hf.ops.triton_tiles import INLINE_PTX, activated, hidden_tile, tile_widths
+from sedac_hf.ops.triton_tiles import INLINE_PTX, NUMBER_OF_TOKENS, activated, hidden_tile, tile_widths
 
 _GROUP = tl.constexpr(GROUP)
 _WORDS = tl.constexpr(GROUP // 8)  # words of 32 bits that hold a group in 4 bits
@@ -111,7 +111,7 @@ def shadow_product(CODES, SCALES, X_CODES, X_GROUP_SUMS, X_SCALES, unit, read, r
     return tl.sum(total, 2) * tl.load(X_SCALES + row, mask=row < n, other=0.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def selected_hidden(
     X, GATE, UP, GATE_BIAS, UP_BIAS, WIDTHS, LEAST, CODES, SCALES, DECIDING_BIAS, UNIT_NORM, X_CODES, X_GROUP_SUMS,
     X_SCALES, H, ALIVE, n, d, f, groups, x_token, gate_unit, gate_input, up_unit, up_input, h_token,

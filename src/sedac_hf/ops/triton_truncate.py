@@ -18,10 +18,10 @@ from torch import Tensor
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.triton_down import covered_units, project_down
 from sedac_hf.ops.triton_launch import Launch, options, truncate_launch
-from sedac_hf.ops.triton_tiles import hidden_tile, tile_widths
+from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, hidden_tile, tile_widths
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def truncated_hidden(
     X, GATE, UP, GATE_BIAS, UP_BIAS, WIDTHS, H, n, d, f,
     x_token, gate_unit, gate_input, up_unit, up_input, h_token,
