@@ -19,7 +19,7 @@ from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.linears import is_plain, sliced, weight_of
 from sedac_hf.ffn.low_bit import LowBitMatrix, int8_rows
 from sedac_hf.ffn.sites import FFNSite
-from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
 
 _PROBE_ROWS = 256  # rows of the identity that reveal the weights of an opaque linear at a time
 
@@ -73,6 +73,17 @@ class Shadow:
                 z += self.bias[lo:hi]
             magnitude: Tensor = self.activation(z).abs()
             return magnitude * self.unit_norm[lo:hi]
+
+    def interleave(self) -> None:
+        """Lay the codes out as the CPU kernels read them; bits other than 4 are left as they are."""
+        if self.deciding.bits == 4:
+            self.deciding = self.deciding.interleave()
+
+    def tables(self) -> ShadowTables | None:
+        """What a CPU kernel reads; None unless interleaved and on the CPU."""
+        if not self.deciding.interleaved or self.unit_norm.device.type != "cpu":
+            return None
+        return ShadowTables(self.deciding.codes, self.deciding.scales, self.bias, self.unit_norm)
 
     def _move(self, device: torch.device) -> None:
         self.deciding = self.deciding.to(device)
