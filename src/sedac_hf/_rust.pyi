@@ -1,11 +1,20 @@
-"""The compiled core; use it through `sedac_hf.control`, whose `base.py` holds the contract."""
+"""The compiled core; use it through `sedac_hf.control` and `sedac_hf.ops.rust_cpu`, which hold the contracts."""
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CascadeController", "ForwardPass"]
+__all__ = [
+    "CascadeController",
+    "FfnKernel",
+    "ForwardPass",
+    "LinearKernel",
+    "instruction_sets",
+    "read_memory",
+    "set_openmp",
+]
 
 @final
 class CascadeController:
@@ -47,3 +56,32 @@ class ForwardPass:
     def exited(self) -> NDArray[np.bool_]: ...
     @property
     def failed(self) -> NDArray[np.bool_]: ...
+
+def instruction_sets() -> list[str]: ...
+def set_openmp(address: int) -> None: ...
+def read_memory(address: int, bytes: int, threads: int) -> float: ...
+
+@final
+class FfnKernel:
+    def __new__(
+        cls,
+        dtype: str,
+        activation: str,
+        gate: tuple[int, int, int, int] | None,
+        up: tuple[int, int, int, int],
+        down: tuple[int, int, int, int],
+        down_by_columns: bool,
+        biases: tuple[int, int, int],
+        shadow: tuple[int, ...] | None,
+        isa_name: str | None = None,
+    ) -> FfnKernel: ...
+    def run(
+        self, x: int, y: int, points: Sequence[tuple[int, float]], threads: int, hidden: int = 0
+    ) -> tuple[int, int]: ...
+
+@final
+class LinearKernel:
+    def __new__(
+        cls, dtype: str, weight: tuple[int, int, int, int], bias: int, isa_name: str | None = None
+    ) -> LinearKernel: ...
+    def run(self, x: int, y: int, rows: int, threads: int) -> None: ...

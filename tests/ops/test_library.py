@@ -63,7 +63,7 @@ def test_equals_masking(widths, selects, gated, bias, by_columns, dtype, activat
         weights = replace(weights, down=weights.down.T.contiguous().T)
     x = inputs(len(widths), dtype, d)
     codes, scales, deciding_bias, norm = shadow(weights)
-    deciding = LowBitMatrix(codes, scales, d, 4)
+    deciding = LowBitMatrix(codes, scales, d, 4, f)
 
     def worth(tokens: Tensor) -> Tensor:
         return importance(tokens, deciding, deciding_bias, norm, weights.activation)
@@ -109,6 +109,15 @@ def test_one_graph_serves_every_count(backend: str) -> None:
             torch.testing.assert_close(compiled(*arguments), step(*arguments))
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["graph_break"] == {}
+
+
+def test_an_interleaved_shadow_decides_alike() -> None:
+    weights = random_weights(D, F)
+    x, widths, least = inputs(3), int32(F, 20, 5), torch.full((3,), 0.2)
+    codes, scales, *rest = shadow(weights)
+    laid_out = LowBitMatrix(codes, scales, D, 4, F).interleave()
+    y = selected_ffn(x, widths, least, laid_out.codes, laid_out.scales, *rest, *ffn(weights))
+    assert torch.equal(y, selected_ffn(x, widths, least, codes, scales, *rest, *ffn(weights)))
 
 
 def test_weights_are_not_copied_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
-//! The compiled module `sedac_hf._rust`: registers the classes of [`controller`], and nothing else.
+//! The compiled module `sedac_hf._rust`: registers the classes of [`controller`] and [`kernels`], and nothing else.
 
 mod arrays;
 mod controller;
+mod kernels;
+mod openmp;
 
 use pyo3::prelude::*;
 
-/// The compiled core of `sedac_hf`; use it through `sedac_hf.control`.
+/// The compiled core of `sedac_hf`; use it through `sedac_hf.control` and `sedac_hf.ops`.
 #[pymodule(gil_used = false)]
 mod _rust {
     #[pymodule_export]
     use crate::controller::{CascadeController, ForwardPass};
+    #[pymodule_export]
+    use crate::kernels::{instruction_sets, read_memory, set_openmp, FfnKernel, LinearKernel};
 }

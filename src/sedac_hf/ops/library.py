@@ -10,8 +10,9 @@ select, compute every unit in plain torch and zero what is not used. Both give t
 
 Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
 gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
-holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`. The
-result is [n, d] in x's dtype, which is the weights'. No gradient is defined: training runs the masking engine.
+holds them for 4 bits, not interleaved where the Triton kernels read them, deciding_bias and unit_norm float32 [f].
+``activation`` is a name in `activations.KNOWN`. The result is [n, d] in x's dtype, which is the weights'. No gradient
+is defined: training runs the masking engine.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _selected(
     *ffn: Any,
 ) -> Tensor:
     weights = _weights(x, *ffn)
-    deciding = LowBitMatrix(codes, scales, weights.hidden_size, bits=4)
+    sizes = (weights.hidden_size, 4, weights.intermediate_size)
+    deciding = LowBitMatrix(codes, scales, *sizes, interleaved=codes.dim() == 5)
     worth = importance(x, deciding, deciding_bias, unit_norm, weights.activation)
     # Written so that a NaN keeps its unit: a token that is already broken must not look healthy.
     used = _below(widths, weights.intermediate_size) & ~(worth < importance_min[:, None])

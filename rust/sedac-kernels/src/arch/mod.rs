@@ -1,0 +1,142 @@
+//! Instruction sets: one small vocabulary of vector operations, which the kernels are written in once.
+//!
+//! A value of a type here is a proof that the machine has the instructions: [`Isa::detect`] makes it. Kernels are
+//! [`Kernel`]s, generic over [`Simd`] and always inlined into a function that switches the instructions on.
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use half::{bf16, f16};
+
+use self::portable::Portable;
+
+/// Units that the shadow's codes are interleaved by.
+pub(crate) const LANE_UNITS: usize = 16;
+/// Elements that share one scale of the shadow.
+pub(crate) const GROUP: usize = 64;
+/// Bytes of the codes of [`LANE_UNITS`] units in one group.
+pub(crate) const GROUP_BYTES: usize = LANE_UNITS * GROUP / 2;
+
+/// Vector operations on `f32` lanes.
+///
+/// # Safety
+///
+/// Loads and stores touch `LANES` elements from `at` on and do not check that they are there: checks in the inner loops
+/// were what those loops spent most of their instructions on.
+#[allow(unsafe_code)]
+pub(crate) trait Simd: Copy {
+    type F32s: Copy;
+    const LANES: usize;
+
+    fn splat(self, value: f32) -> Self::F32s;
+    unsafe fn load(self, from: &[f32], at: usize) -> Self::F32s;
+    unsafe fn load_bf16(self, from: &[bf16], at: usize) -> Self::F32s;
+    unsafe fn load_f16(self, from: &[f16], at: usize) -> Self::F32s;
+    unsafe fn store(self, value: Self::F32s, to: &mut [f32], at: usize);
+    /// `a * b + c`; rounded once where the machine can.
+    fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s;
+    /// Sum over the lanes of `a` and `b`.
+    fn sum(self, a: Self::F32s, b: Self::F32s) -> f32;
+
+    /// Asks for the cache line at `from[at]` to be brought near (to the second-level cache); `at` may be past the end.
+    #[inline(always)]
+    fn prefetch<T>(self, from: &[T], at: usize) {
+        let _ = (from, at);
+    }
+
+    /// Products of `R` rows with `N` inputs in `bf16`, where the machine has such an instruction.
+    #[inline(always)]
+    fn dots_bf16<const R: usize, const N: usize, const P: usize>(
+        self,
+        rows: [&[bf16]; R],
+        inputs: [&[bf16]; N],
+        ahead: [&[bf16]; P],
+    ) -> Option<[[f32; N]; R]> {
+        let _ = (rows, inputs, ahead);
+        None
+    }
+
+    /// `sum over g of scale[g][u] * (corrections[g] + sum over i of code[g][u][i] * x[g][i])` for the 16 units of a
+    /// block, codes 0..=15; see [`crate::shadow`] for the layout.
+    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS];
+}
+
+/// One block of a shadow, and the activations that it meets; all slices have one entry per group.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a> {
+    pub(crate) codes: &'a [[u8; GROUP_BYTES]],
+    pub(crate) scales: &'a [[bf16; LANE_UNITS]],
+    pub(crate) x: &'a [[i8; GROUP]],
+    pub(crate) corrections: &'a [i32],
+}
+
+/// Work that is written for any instruction set; mark `run` `#[inline(always)]`.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(x86::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(x86::Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(x86::Avx512<true>),
+}
+
+impl Isa {
+    /// The best one.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// All of them, best first; the last is plain Rust.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(x86::Avx512::<true>::detect().map(Set::Avx512Bf16));
+            found.extend(x86::Avx512::<false>::detect().map(Set::Avx512));
+            found.extend(x86::Avx2::detect().map(Set::Avx2));
+        }
+        found.push(Set::Portable);
+        found.into_iter().map(Self).collect()
+    }
+
+    /// A short name: `avx512-bf16`, `avx512`, `avx2` or `portable`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Set::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16(_) => "avx512-bf16",
+        }
+    }
+
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Set::Portable => kernel.run(Portable),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16(simd) => simd.run_bf16(kernel),
+        }
+    }
+}

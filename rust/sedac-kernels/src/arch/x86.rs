@@ -1,0 +1,314 @@
+//! AVX2 with FMA and F16C, and AVX-512 with VNNI, on Ice Lake and Zen 4 machines and later; some have bf16 products.
+//!
+//! Every intrinsic below is reached through a value of [`Avx2`] or [`Avx512`], which exists only where `detect` has
+//! found the instructions; that is the reason why each call is sound, given once here. Loads and stores go through
+//! slices of the right length.
+//!
+//! Measured on an AMD EPYC (Zen 4), one FFN of 896 x 4864 in bf16, a quarter of the units read: bringing the rows of
+//! the next step to the *second*-level cache while this one computes takes a third off the time; to the first-level
+//! cache, or past all of them, it gains half of that.
+
+#![allow(unsafe_code, clippy::wildcard_imports)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Block, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx2(());
+
+/// `BF16`: with bf16 products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx512<const BF16: bool>(());
+
+impl Avx2 {
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self(()))
+    }
+
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn with<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { with(self, kernel) }
+    }
+}
+
+impl<const BF16: bool> Avx512<BF16> {
+    pub(crate) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
+        found.then_some(Self(()))
+    }
+}
+
+impl Avx512<false> {
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        fn with<K: Kernel>(simd: Avx512<false>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { with(self, kernel) }
+    }
+}
+
+impl Avx512<true> {
+    #[inline]
+    pub(crate) fn run_bf16<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+        fn with<K: Kernel>(simd: Avx512<true>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { with(self, kernel) }
+    }
+}
+
+#[inline(always)]
+fn prefetch_line<T>(from: &[T], at: usize) {
+    // SAFETY: SSE is part of every x86-64 machine, and a prefetch of any address is harmless.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(at).cast()) }
+}
+
+impl Simd for Avx2 {
+    type F32s = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m256 {
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: &[f32], at: usize) -> __m256 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: &[bf16], at: usize) -> __m256 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe {
+            let halves = _mm_loadu_si128(from.cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: &[f16], at: usize) -> __m256 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, value: __m256, to: &mut [f32], at: usize) {
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr().add(at), value) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m256, b: __m256) -> f32 {
+        unsafe {
+            let both = _mm256_add_ps(a, b);
+            let four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, from: &[T], at: usize) {
+        prefetch_line(from, at);
+    }
+
+    #[inline(always)]
+    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
+        let mut products = [0.0; LANE_UNITS];
+        let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+        unsafe {
+            let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+            let mut z = [_mm256_setzero_ps(); 2];
+            for (((codes, scales), x), &correction) in groups {
+                let mut sums = [_mm256_set1_epi32(correction); 2];
+                for quad in 0..GROUP / 8 {
+                    let low = _mm256_set1_epi32(four(x, quad));
+                    let high = _mm256_set1_epi32(four(x, GROUP / 8 + quad));
+                    for (half, sum) in sums.iter_mut().enumerate() {
+                        let at = quad * 4 * LANE_UNITS + half * 32;
+                        let bytes = _mm256_loadu_si256(codes[at..at + 32].as_ptr().cast());
+                        prefetch_line(codes, at + block.codes.len() * GROUP_BYTES);
+                        // Codes are at most 15, so that two products fit 16 bits.
+                        let a = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibble), low);
+                        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
+                        let b = _mm256_maddubs_epi16(upper, high);
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+                    }
+                }
+                for half in 0..2 {
+                    let scales = self.load_bf16(scales, 8 * half);
+                    z[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scales, z[half]);
+                }
+            }
+            for half in 0..2 {
+                self.store(z[half], &mut products, 8 * half);
+            }
+        }
+        products
+    }
+}
+
+/// Four activations as the bytes of one number.
+#[inline(always)]
+fn four(x: &[i8; GROUP], quad: usize) -> i32 {
+    let at = 4 * quad;
+    i32::from_le_bytes([x[at], x[at + 1], x[at + 2], x[at + 3]].map(i8::cast_unsigned))
+}
+
+impl<const BF16: bool> Simd for Avx512<BF16> {
+    type F32s = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: &[f32], at: usize) -> __m512 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: &[bf16], at: usize) -> __m512 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe {
+            let halves = _mm256_loadu_si256(from.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: &[f16], at: usize) -> __m512 {
+        let from = unsafe { from.as_ptr().add(at) };
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, value: __m512, to: &mut [f32], at: usize) {
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr().add(at), value) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m512, b: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, from: &[T], at: usize) {
+        prefetch_line(from, at);
+    }
+
+    #[inline(always)]
+    fn dots_bf16<const R: usize, const N: usize, const P: usize>(
+        self,
+        rows: [&[bf16]; R],
+        inputs: [&[bf16]; N],
+        ahead: [&[bf16]; P],
+    ) -> Option<[[f32; N]; R]> {
+        if !BF16 {
+            return None;
+        }
+        let d = inputs[0].len();
+        let whole = d / 64 * 64;
+        assert!(rows.iter().chain(&inputs).all(|each| each.len() >= d));
+        let mut a = [[self.splat(0.0); N]; R];
+        let mut b = a;
+        let mut k = 0;
+        while k < whole {
+            for row in ahead {
+                prefetch_line(row, k);
+                prefetch_line(row, k + 32);
+            }
+            // SAFETY: `BF16` was detected, k + 64 elements are there, and `__m512bh` is any 64 bytes.
+            unsafe {
+                let load = |from: &[bf16], at: usize| -> __m512bh {
+                    std::mem::transmute(_mm512_loadu_si512(from.as_ptr().add(at).cast()))
+                };
+                for (r, row) in rows.iter().enumerate() {
+                    let (first, second) = (load(row, k), load(row, k + 32));
+                    for (n, input) in inputs.iter().enumerate() {
+                        a[r][n] = _mm512_dpbf16_ps(a[r][n], first, load(input, k));
+                        b[r][n] = _mm512_dpbf16_ps(b[r][n], second, load(input, k + 32));
+                    }
+                }
+            }
+            k += 64;
+        }
+        // Plain loops: through closures the running sums would be kept in memory.
+        let mut products = [[0.0; N]; R];
+        for r in 0..R {
+            for n in 0..N {
+                products[r][n] = self.sum(a[r][n], b[r][n]);
+            }
+        }
+        if whole < d {
+            for (row, products) in rows.iter().zip(&mut products) {
+                for (input, product) in inputs.iter().zip(products) {
+                    let rest = row[whole..d].iter().zip(&input[whole..]);
+                    *product += rest.map(|(w, x)| w.to_f32() * x.to_f32()).sum::<f32>();
+                }
+            }
+        }
+        Some(products)
+    }
+
+    #[inline(always)]
+    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
+        let mut products = [0.0; LANE_UNITS];
+        let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+        unsafe {
+            let nibble = _mm512_set1_epi8(15);
+            let mut z = _mm512_setzero_ps();
+            for (((codes, scales), x), &correction) in groups {
+                let (mut a, mut b) = (_mm512_set1_epi32(correction), _mm512_setzero_si512());
+                for quad in 0..GROUP / 8 {
+                    let bytes = _mm512_loadu_si512(codes[64 * quad..64 * quad + 64].as_ptr().cast());
+                    // The next block's: the hardware's own prefetching reaches less far.
+                    prefetch_line(codes, 64 * quad + block.codes.len() * GROUP_BYTES);
+                    let (low, high) = (four(x, quad), four(x, GROUP / 8 + quad));
+                    a = _mm512_dpbusd_epi32(a, _mm512_and_si512(bytes, nibble), _mm512_set1_epi32(low));
+                    let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
+                    b = _mm512_dpbusd_epi32(b, upper, _mm512_set1_epi32(high));
+                }
+                let sums = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
+                z = _mm512_fmadd_ps(sums, self.load_bf16(scales, 0), z);
+            }
+            self.store(z, &mut products, 0);
+        }
+        products
+    }
+}

@@ -1,0 +1,85 @@
+//! The output as a sum of down's columns, each times its unit's hidden value.
+
+use std::sync::MutexGuard;
+
+use crate::{
+    arch::{Kernel, Simd},
+    element::Element,
+    ffn::{Ffn, Need},
+    hidden::{four_units, one_unit, rows_of, store, upcoming},
+    matrix::Matrix,
+    products::{add_rows, Inputs},
+};
+
+/// Adds what `units` contribute to `sums[n]`; writes their hidden values to `hidden[n][unit - first]` if asked to.
+pub(crate) struct AddUnits<'a, 'b, T, const N: usize> {
+    pub(crate) weights: &'a Ffn<'a, T>,
+    pub(crate) down: Matrix<'a, T>,
+    pub(crate) inputs: Inputs<'a, T, N>,
+    pub(crate) units: &'a [Need],
+    pub(crate) next: &'a [Need],
+    pub(crate) sums: [&'a mut [f32]; N],
+    pub(crate) first: usize,
+    pub(crate) hidden: Option<&'a mut [&'b mut [f32]; N]>,
+}
+
+impl<T: Element, const N: usize> Kernel for AddUnits<'_, '_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { weights, down, inputs, units, next, mut sums, first, mut hidden } = self;
+        let mut fours = units.chunks_exact(4);
+        for (i, four) in fours.by_ref().enumerate() {
+            let four = [four[0], four[1], four[2], four[3]];
+            let columns = four.map(|(unit, _)| down.row(unit as usize));
+            let later = upcoming(units, next, 4 * i + 4);
+            let values = four_units(simd, weights, &inputs, four, columns, columns);
+            add_rows(simd, values, columns, &mut sums, rows_of(weights, later[0], later[1]));
+            if let Some(hidden) = hidden.as_deref_mut() {
+                store(values, four, first, hidden);
+            }
+        }
+        for &need in fours.remainder() {
+            let values = [one_unit(simd, weights, &inputs, need)];
+            add_rows(simd, values, [down.row(need.0 as usize)], &mut sums, []);
+            if let Some(hidden) = hidden.as_deref_mut() {
+                store(values, [need], first, hidden);
+            }
+        }
+    }
+}
+
+/// `outputs[n][i] = bias[from + i] + sum over parts`, in the parts' order; a part is `[N][length]`.
+pub(crate) struct SumParts<'a, 'b, T, const N: usize> {
+    pub(crate) parts: &'a [f32],
+    pub(crate) bias: Option<&'a [T]>,
+    pub(crate) length: usize,
+    pub(crate) from: usize,
+    pub(crate) outputs: &'a mut MutexGuard<'b, [&'b mut [T]; N]>,
+}
+
+impl<T: Element, const N: usize> Kernel for SumParts<'_, '_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        const PIECE: usize = 64;
+        let Self { parts, bias, length, from, outputs } = self;
+        for (n, output) in outputs.iter_mut().enumerate() {
+            for (piece, output) in output.chunks_mut(PIECE).enumerate() {
+                let at = from + piece * PIECE;
+                let mut totals = [0.0f32; PIECE];
+                for part in parts.chunks_exact(N * length) {
+                    let part = &part[n * length + at..][..output.len()];
+                    for (total, value) in totals.iter_mut().zip(part) {
+                        *total += value;
+                    }
+                }
+                for (i, (output, total)) in output.iter_mut().zip(totals).enumerate() {
+                    *output = T::from_f32(total + bias.map_or(0.0, |bias| bias[at + i].to_f32()));
+                }
+            }
+        }
+    }
+}

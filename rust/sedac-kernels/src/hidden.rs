@@ -1,0 +1,161 @@
+//! Hidden values of single units: gate's and up's rows against the inputs.
+
+use crate::{
+    arch::{Kernel, Simd},
+    element::Element,
+    ffn::{Ffn, Need},
+    products::{dots, Inputs},
+};
+
+/// Hidden values of `units`, written to `hidden[n][unit - first]`.
+pub(crate) struct Hide<'a, 'b, T, const N: usize> {
+    pub(crate) weights: &'a Ffn<'a, T>,
+    pub(crate) inputs: Inputs<'a, T, N>,
+    pub(crate) units: &'a [Need],
+    pub(crate) next: &'a [Need],
+    pub(crate) first: usize,
+    pub(crate) hidden: &'a mut [&'b mut [f32]; N],
+}
+
+impl<T: Element, const N: usize> Kernel for Hide<'_, '_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { weights, inputs, units, next, first, hidden } = self;
+        let mut fours = units.chunks_exact(4);
+        for (i, four) in fours.by_ref().enumerate() {
+            let later = upcoming(units, next, 4 * i + 4);
+            let (near, nearer) = (rows_of(weights, later[0], later[1]), rows_of(weights, later[2], later[3]));
+            let four = [four[0], four[1], four[2], four[3]];
+            store(four_units(simd, weights, &inputs, four, near, nearer), four, first, hidden);
+        }
+        for &need in fours.remainder() {
+            store([one_unit(simd, weights, &inputs, need)], [need], first, hidden);
+        }
+    }
+}
+
+/// Puts the values of some units where they belong.
+#[inline(always)]
+pub(crate) fn store<const R: usize, const N: usize>(
+    values: [[f32; N]; R],
+    units: [Need; R],
+    first: usize,
+    hidden: &mut [&mut [f32]; N],
+) {
+    for (values, (unit, _)) in values.iter().zip(units) {
+        for (n, value) in values.iter().enumerate() {
+            hidden[n][unit as usize - first] = *value;
+        }
+    }
+}
+
+/// The four units that come at `at` and after, of this block and the next; the last one again where there is none.
+#[inline(always)]
+pub(crate) fn upcoming(units: &[Need], next: &[Need], at: usize) -> [usize; 4] {
+    let last = units.last().map_or(0, |need| need.0 as usize);
+    std::array::from_fn(|i| {
+        let need = units.get(at + i).or_else(|| next.get((at + i).wrapping_sub(units.len())));
+        need.map_or(last, |need| need.0 as usize)
+    })
+}
+
+/// Gate's and up's rows of two units; without a gate, up's rows twice.
+#[inline(always)]
+pub(crate) fn rows_of<'a, T: Copy>(weights: &Ffn<'a, T>, a: usize, b: usize) -> [&'a [T]; 4] {
+    let gate = weights.gate.as_ref().unwrap_or(&weights.up);
+    [gate.row_near(a), weights.up.row_near(a), gate.row_near(b), weights.up.row_near(b)]
+}
+
+/// Hidden values of four units `[unit][row]`; `near` and `nearer` are brought near meanwhile.
+#[inline(always)]
+pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
+    simd: S,
+    weights: &Ffn<'_, T>,
+    inputs: &Inputs<'_, T, N>,
+    needs: [Need; 4],
+    near: [&[T]; 4],
+    nearer: [&[T]; 4],
+) -> [[f32; N]; 4] {
+    let [a, b, c, d] = needs.map(|need| need.0 as usize);
+    let up = |unit: usize| weights.up.row(unit);
+    let Some(gate) = weights.gate else {
+        let z = if N == 1 {
+            dots(simd, [up(a), up(b), up(c), up(d)], inputs, near)
+        } else {
+            let first = dots(simd, [up(a), up(b)], inputs, [near[0], near[1]]);
+            let second = dots(simd, [up(c), up(d)], inputs, [near[2], near[3]]);
+            [first[0], first[1], second[0], second[1]]
+        };
+        return std::array::from_fn(|i| finish(weights, needs[i], None, z[i]));
+    };
+    let gate = |unit: usize| gate.row(unit);
+    if N == 1 {
+        // The second pair's rows are read next, so they come first; the caller's come after.
+        let later = [gate(c), up(c), gate(d), up(d)];
+        let first = dots(simd, [gate(a), up(a), gate(b), up(b)], inputs, later);
+        let second = dots(simd, later, inputs, near);
+        return [
+            finish(weights, needs[0], Some(first[0]), first[1]),
+            finish(weights, needs[1], Some(first[2]), first[3]),
+            finish(weights, needs[2], Some(second[0]), second[1]),
+            finish(weights, needs[3], Some(second[2]), second[3]),
+        ];
+    }
+    let ahead = [
+        [gate(b), up(b), near[0]],
+        [gate(c), up(c), near[1]],
+        [gate(d), up(d), near[2]],
+        [near[3], nearer[0], nearer[1]],
+    ];
+    std::array::from_fn(|i| {
+        let unit = needs[i].0 as usize;
+        let [g, u] = dots(simd, [gate(unit), up(unit)], inputs, ahead[i]);
+        finish(weights, needs[i], Some(g), u)
+    })
+}
+
+/// Hidden value of one unit for each row.
+#[inline(always)]
+pub(crate) fn one_unit<S: Simd, T: Element, const N: usize>(
+    simd: S,
+    weights: &Ffn<'_, T>,
+    inputs: &Inputs<'_, T, N>,
+    need: Need,
+) -> [f32; N] {
+    let unit = need.0 as usize;
+    if let Some(gate) = weights.gate {
+        let [g, u] = dots(simd, [gate.row(unit), weights.up.row(unit)], inputs, []);
+        return finish(weights, need, Some(g), u);
+    }
+    let [u] = dots(simd, [weights.up.row(unit)], inputs, []);
+    finish(weights, need, None, u)
+}
+
+/// Biases, activation and product; 0 for the rows that do not need the unit.
+#[inline(always)]
+fn finish<T: Element, const N: usize>(
+    weights: &Ffn<'_, T>,
+    (unit, rows): Need,
+    gate: Option<[f32; N]>,
+    mut up: [f32; N],
+) -> [f32; N] {
+    let bias_of = |bias: Option<&[T]>| bias.map_or(0.0, |bias| bias[unit as usize].to_f32());
+    let up_bias = bias_of(weights.up_bias);
+    up = up.map(|z| z + up_bias);
+    if let Some(mut gate) = gate {
+        let gate_bias = bias_of(weights.gate_bias);
+        gate = gate.map(|z| z + gate_bias);
+        weights.activation.apply(&mut gate);
+        up.iter_mut().zip(gate).for_each(|(u, g)| *u *= g);
+    } else {
+        weights.activation.apply(&mut up);
+    }
+    for (n, value) in up.iter_mut().enumerate() {
+        if rows >> n & 1 == 0 {
+            *value = 0.0;
+        }
+    }
+    up
+}

@@ -1,0 +1,134 @@
+//! A linear map of one to four rows: every weight is read once.
+
+use crate::{
+    arch::{Isa, Kernel, Simd},
+    element::Element,
+    matrix::Matrix,
+    products::{dots, dots_wide, Inputs},
+    rows::{split_outputs, tasks_of, widened},
+    team::Team,
+    Error, MAX_ROWS,
+};
+
+/// `y = x W^T + b` for `rows` rows: x `[rows][columns of W]`, y `[rows][rows of W]`.
+///
+/// # Errors
+///
+/// [`Error::Size`] where a slice does not fit, [`Error::Rows`] for more than [`MAX_ROWS`] rows or none.
+pub fn linear<T: Element>(
+    isa: Isa,
+    team: &dyn Team,
+    weight: Matrix<'_, T>,
+    bias: Option<&[T]>,
+    x: &[T],
+    y: &mut [T],
+    rows: usize,
+) -> Result<(), Error> {
+    for (what, got, wanted) in [
+        ("x", x.len(), rows * weight.columns()),
+        ("y", y.len(), rows * weight.rows()),
+        ("bias", bias.map_or(weight.rows(), <[T]>::len), weight.rows()),
+    ] {
+        if got != wanted {
+            return Err(Error::size(what, wanted, got));
+        }
+    }
+    match rows {
+        1 => run::<T, 1>(isa, team, weight, bias, x, y),
+        2 => run::<T, 2>(isa, team, weight, bias, x, y),
+        3 => run::<T, 3>(isa, team, weight, bias, x, y),
+        MAX_ROWS => run::<T, MAX_ROWS>(isa, team, weight, bias, x, y),
+        got => return Err(Error::Rows { got }),
+    }
+    Ok(())
+}
+
+fn run<T: Element, const N: usize>(
+    isa: Isa,
+    team: &dyn Team,
+    weight: Matrix<'_, T>,
+    bias: Option<&[T]>,
+    x: &[T],
+    y: &mut [T],
+) {
+    let wide = widened(x);
+    let inputs = Inputs::<T, N>::new(x, &wide);
+    let per_task = tasks_of(weight.rows(), team);
+    let outputs = split_outputs::<T, N>(y, per_task);
+    team.run(outputs.len(), &|task| {
+        let mut outputs = outputs[task].lock().expect("each task is run once");
+        isa.run(Rows { weight, bias, inputs, from: task * per_task, outputs: &mut outputs });
+    });
+}
+
+/// Rows `from..` of a weight against the inputs; inputs that are `f32` alone have an empty `own`.
+pub(crate) struct Rows<'a, 'b, T, const N: usize> {
+    pub(crate) weight: Matrix<'a, T>,
+    pub(crate) bias: Option<&'a [T]>,
+    pub(crate) inputs: Inputs<'a, T, N>,
+    pub(crate) from: usize,
+    pub(crate) outputs: &'a mut [&'b mut [T]; N],
+}
+
+impl<T: Element, const N: usize> Kernel for Rows<'_, '_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { weight, bias, inputs, from, outputs } = self;
+        let length = inputs.wide[0].len();
+        let row = |i: usize| &weight.row_near(from + i)[..length];
+        let count = outputs[0].len();
+        let mut put = |i: usize, products: [f32; N]| {
+            let bias = bias.map_or(0.0, |bias| bias[from + i].to_f32());
+            for (output, product) in outputs.iter_mut().zip(products) {
+                output[i] = T::from_f32(product + bias);
+            }
+        };
+        let mut i = 0;
+        while i + 4 <= count {
+            let products = four(
+                simd,
+                &inputs,
+                std::array::from_fn(|r| row(i + r)),
+                std::array::from_fn(|r| row(i + 4 + r)),
+            );
+            products.into_iter().enumerate().for_each(|(r, products)| put(i + r, products));
+            i += 4;
+        }
+        for i in i..count {
+            let [products] = any(simd, [row(i)], &inputs, []);
+            put(i, products);
+        }
+    }
+}
+
+#[inline(always)]
+fn four<S: Simd, T: Element, const N: usize>(
+    simd: S,
+    inputs: &Inputs<'_, T, N>,
+    rows: [&[T]; 4],
+    ahead: [&[T]; 4],
+) -> [[f32; N]; 4] {
+    if N == 1 {
+        return any(simd, rows, inputs, ahead);
+    }
+    // More running sums than two rows' do not fit the registers.
+    let first = any(simd, [rows[0], rows[1]], inputs, [ahead[0], ahead[1]]);
+    let second = any(simd, [rows[2], rows[3]], inputs, [ahead[2], ahead[3]]);
+    [first[0], first[1], second[0], second[1]]
+}
+
+#[inline(always)]
+fn any<S: Simd, T: Element, const R: usize, const N: usize, const P: usize>(
+    simd: S,
+    rows: [&[T]; R],
+    inputs: &Inputs<'_, T, N>,
+    ahead: [&[T]; P],
+) -> [[f32; N]; R] {
+    if inputs.own[0].is_empty() {
+        dots_wide(simd, rows, inputs.wide, ahead)
+    } else {
+        dots(simd, rows, inputs, ahead)
+    }
+}

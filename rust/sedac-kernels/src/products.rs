@@ -1,0 +1,138 @@
+//! The two inner loops: products of rows with inputs, and sums of rows.
+//!
+//! A product's bits do not depend on how many rows or inputs are computed at once, so that a row of a batch gets what it
+//! would get alone: every product has the same two running sums, and a sum of rows is one chain of multiply-adds in
+//! the rows' order, in which a row with factor 0 changes nothing.
+
+#![allow(unsafe_code)]
+
+use crate::{arch::Simd, element::Element};
+
+/// Elements of `T` in one cache line.
+const fn line<T>() -> usize {
+    64 / size_of::<T>()
+}
+
+/// The inputs of a call: as they came, and as `f32`.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a, T, const N: usize> {
+    pub(crate) own: [&'a [T]; N],
+    pub(crate) wide: [&'a [f32]; N],
+}
+
+/// `rows[r] . inputs[n]`; `ahead` are brought near on the way.
+#[inline(always)]
+pub(crate) fn dots<S: Simd, T: Element, const R: usize, const N: usize, const P: usize>(
+    simd: S,
+    rows: [&[T]; R],
+    inputs: &Inputs<'_, T, N>,
+    ahead: [&[T]; P],
+) -> [[f32; N]; R] {
+    if T::as_bf16(rows[0]).is_some() {
+        let (rows, own) = (rows.map(in_bf16), inputs.own.map(in_bf16));
+        if let Some(products) = simd.dots_bf16(rows, own, ahead.map(in_bf16)) {
+            return products;
+        }
+    }
+    dots_wide(simd, rows, inputs.wide, ahead)
+}
+
+#[inline(always)]
+fn in_bf16<T: Element>(elements: &[T]) -> &[half::bf16] {
+    T::as_bf16(elements).unwrap_or_default()
+}
+
+/// The same with `f32` inputs, whatever the rows' type.
+#[inline(always)]
+pub(crate) fn dots_wide<S: Simd, T: Element, const R: usize, const N: usize, const P: usize>(
+    simd: S,
+    rows: [&[T]; R],
+    inputs: [&[f32]; N],
+    ahead: [&[T]; P],
+) -> [[f32; N]; R] {
+    let length = inputs[0].len();
+    let step = 2 * S::LANES;
+    let whole = length / step * step;
+    let rows = rows.map(|row| &row[..length]);
+    let inputs = inputs.map(|x| &x[..length]);
+    let mut a = [[simd.splat(0.0); N]; R];
+    let mut b = a;
+    let mut k = 0;
+    while k < whole {
+        for row in ahead {
+            for at in (0..step).step_by(line::<T>()) {
+                simd.prefetch(row, k + at);
+            }
+        }
+        for (r, row) in rows.iter().enumerate() {
+            // SAFETY: k + step <= whole <= length, which every slice has.
+            unsafe {
+                let (first, second) = (T::load(simd, row, k), T::load(simd, row, k + S::LANES));
+                for (n, input) in inputs.iter().enumerate() {
+                    a[r][n] = simd.mul_add(first, simd.load(input, k), a[r][n]);
+                    b[r][n] = simd.mul_add(second, simd.load(input, k + S::LANES), b[r][n]);
+                }
+            }
+        }
+        k += step;
+    }
+    // Plain loops: through closures the running sums would be kept in memory.
+    let mut products = [[0.0; N]; R];
+    for r in 0..R {
+        for n in 0..N {
+            products[r][n] = simd.sum(a[r][n], b[r][n]);
+        }
+    }
+    if whole < length {
+        for (row, products) in rows.iter().zip(&mut products) {
+            for (input, product) in inputs.iter().zip(products) {
+                let rest = row[whole..].iter().zip(&input[whole..]);
+                *product += rest.map(|(w, x)| w.to_f32() * x).sum::<f32>();
+            }
+        }
+    }
+    products
+}
+
+/// `sums[n] += factors[r][n] * rows[r]`, r in order; `ahead` are brought near on the way.
+#[inline(always)]
+pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, const P: usize>(
+    simd: S,
+    factors: [[f32; N]; R],
+    rows: [&[T]; R],
+    sums: &mut [&mut [f32]; N],
+    ahead: [&[T]; P],
+) {
+    let length = sums[0].len();
+    assert!(sums.iter().all(|sum| sum.len() == length));
+    let whole = length / S::LANES * S::LANES;
+    let rows = rows.map(|row| &row[..length]);
+    let splats = factors.map(|factors| factors.map(|factor| simd.splat(factor)));
+    let mut k = 0;
+    while k < whole {
+        if k % line::<T>() == 0 {
+            for row in ahead {
+                simd.prefetch(row, k);
+            }
+        }
+        // SAFETY: k + LANES <= whole <= length, which every slice has.
+        unsafe {
+            let loaded = rows.map(|row| T::load(simd, row, k));
+            for (n, sum) in sums.iter_mut().enumerate() {
+                let mut total = simd.load(sum, k);
+                for r in 0..R {
+                    total = simd.mul_add(splats[r][n], loaded[r], total);
+                }
+                simd.store(total, sum, k);
+            }
+        }
+        k += S::LANES;
+    }
+    for k in whole..length {
+        for (n, sum) in sums.iter_mut().enumerate() {
+            for r in 0..R {
+                sum[k] += factors[r][n] * rows[r][k].to_f32();
+            }
+        }
+    }
+}
