@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops import FFNWeights
+from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, select_launch, truncate_launch
 
 ROOT = Path(__file__).parents[2]
 if find_spec("triton") is None:
     pytest.skip("needs triton, which PyTorch brings along for Linux only", allow_module_level=True)
 
-from sedac_hf.ops.triton_select import ShadowRows, selected  # noqa: E402
+from sedac_hf.ops.triton_select import selected  # noqa: E402
 from sedac_hf.ops.triton_truncate import truncated  # noqa: E402
 from tests.ops.sm90 import TOOLS, Call, Compiled, compiled, recorded  # noqa: E402
 
@@ -53,7 +54,7 @@ def launches(rows: int, *, selects: bool, by_columns: bool, bias: bool = False, 
         if selects:
             float32 = torch.float32
             decides = meta(UNITS, dtype=float32) if bias else None
-            shadow = ShadowRows(
+            shadow = ShadowTables(
                 meta(UNITS, HIDDEN // 2, dtype=torch.uint8), meta(UNITS, HIDDEN // 64), decides,
                 meta(UNITS, dtype=float32),
             )  # fmt: skip

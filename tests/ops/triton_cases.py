@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 import sedac_hf.ops
 from sedac_hf.ops import FFNWeights, OperatingPoint, SiteCut
 from sedac_hf.ops.activations import KNOWN
+from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.low_bit import GROUP, LowBitMatrix, importance, int8_rows
 from sedac_hf.ops.triton_launch import Launch
 from tests.cut_cases import assert_as_good_as_plain, random_weights, site_cut
@@ -159,7 +160,7 @@ class Engines:
         if case.shares is None:
             return self.modules["triton_truncate"].truncated(problem.x, problem.widths, *common)
         select = self.modules["triton_select"]
-        shadow = select.ShadowRows(*problem.shadow)
+        shadow = ShadowTables(*problem.shadow)
         return select.selected(problem.x, problem.widths, problem.least, shadow, *common)
 
 

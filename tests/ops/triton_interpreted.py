@@ -14,6 +14,7 @@ import torch
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import library
+from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix
 from tests.ops.triton_cases import (
     BASE,
@@ -86,7 +87,7 @@ def test_a_shadow_of_other_bits_and_too_many_rows_are_refused() -> None:
     problem = Problem.of(SELECT)
     select = ENGINES.modules["triton_select"]
     other = LowBitMatrix.quantize(problem.weights.up, bits=8)
-    shadow = select.ShadowRows(other.codes, other.scales, None, problem.shadow[3])
+    shadow = ShadowTables(other.codes, other.scales, None, problem.shadow[3])
     with pytest.raises(ConfigError, match="4-bit shadow"):
         select.selected(problem.x, problem.widths, problem.least, shadow, problem.weights, "silu")
     many = replace(problem, x=problem.x.repeat(2, 1))

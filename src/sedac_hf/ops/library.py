@@ -5,14 +5,13 @@
 
 How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
 the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
-up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything); the CPU, and larger batches that
-select, compute every unit in plain torch and zero what is not used. Both give the same function.
+up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
+interleaved); all else computes every unit in plain torch and zeroes what is not used. Both give the same function.
 
 Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
 gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
-holds them for 4 bits, not interleaved where the Triton kernels read them, deciding_bias and unit_norm float32 [f].
-``activation`` is a name in `activations.KNOWN`. The result is [n, d] in x's dtype, which is the weights'. No gradient
-is defined: training runs the masking engine.
+holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`. The
+result is [n, d] in x's dtype, which is the weights'. No gradient is defined: training runs the masking engine.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
@@ -142,13 +141,13 @@ def _selected_on_cuda(
     *ffn: Any,
 ) -> Tensor:
     shadow = (codes, scales, deciding_bias, unit_norm)
-    if not 1 <= x.shape[0] <= MOST_SELECTING_ROWS:
+    if not 1 <= x.shape[0] <= MOST_SELECTING_ROWS or codes.dim() != 2:
         return _selected(x, widths, importance_min, *shadow, *ffn)
     weights = _weights(x, *ffn)
     _need_triton()
-    from sedac_hf.ops.triton_select import ShadowRows, selected
+    from sedac_hf.ops.triton_select import selected
 
-    return selected(x, widths, importance_min, ShadowRows(*shadow), weights, ffn[-1])
+    return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-1])
 
 
 def _need_triton() -> None:

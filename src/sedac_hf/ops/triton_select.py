@@ -12,15 +12,13 @@ columns up to the width are read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
-from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.low_bit import GROUP
 from sedac_hf.ops.triton_down import covered_units, project_down
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, Launch, options, select_launch
@@ -30,16 +28,6 @@ _GROUP = tl.constexpr(GROUP)
 _WORDS = tl.constexpr(GROUP // 8)  # words of 32 bits that hold a group in 4 bits
 _STEP_GROUPS = tl.constexpr(16)  # groups of a unit that are read at a time
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a small float32 rounds that half to even
-
-
-class ShadowRows(NamedTuple):
-    """What decides: ``codes`` uint8 [f, groups * 32], ``scales`` bfloat16 [f, groups] of a 4-bit `LowBitMatrix`;
-    ``bias`` float32 [f] or None; ``unit_norm`` float32 [f]."""
-
-    codes: Tensor
-    scales: Tensor
-    bias: Tensor | None
-    unit_norm: Tensor
 
 
 @triton.jit
@@ -159,7 +147,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def selected(
-    x: Tensor, widths: Tensor, importance_min: Tensor, shadow: ShadowRows, weights: FFNWeights, activation: str,
+    x: Tensor, widths: Tensor, importance_min: Tensor, shadow: ShadowTables, weights: FFNWeights, activation: str,
     launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """x [n, d] -> [n, outputs] in x's dtype, n up to `MOST_SELECTING_ROWS`; widths int32 [n] and importance_min
