@@ -1,11 +1,21 @@
-"""The compiled core; use it through `sedac_hf.control`, whose `base.py` holds the contract."""
+"""The compiled core; use it through `sedac_hf.control` and `sedac_hf.ops.rust_cpu`, which hold the contracts."""
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CascadeController", "ForwardPass", "ParameterBlock"]
+__all__ = [
+    "CascadeController",
+    "FfnKernel",
+    "ForwardPass",
+    "LinearKernel",
+    "ParameterBlock",
+    "instruction_sets",
+    "read_memory",
+    "set_openmp",
+]
 
 @final
 class CascadeController:
@@ -67,3 +77,32 @@ class ParameterBlock:
     def replay(
         self, risk_q: NDArray[np.int16], levels: NDArray[np.uint8]
     ) -> tuple[int, NDArray[np.bool_], NDArray[np.float32]]: ...
+
+def instruction_sets() -> list[str]: ...
+def set_openmp(address: int) -> None: ...
+def read_memory(address: int, bytes: int, threads: int) -> float: ...
+
+@final
+class FfnKernel:
+    def __new__(
+        cls,
+        dtype: str,
+        activation: str,
+        gate: tuple[int, int, int, int] | None,
+        up: tuple[int, int, int, int],
+        down: tuple[int, int, int, int],
+        down_by_columns: bool,
+        biases: tuple[int, int, int],
+        shadow: tuple[int, ...] | None,
+        isa_name: str | None = None,
+    ) -> FfnKernel: ...
+    def run(
+        self, x: int, y: int, points: Sequence[tuple[int, float]], threads: int, hidden: int = 0
+    ) -> tuple[int, int]: ...
+
+@final
+class LinearKernel:
+    def __new__(
+        cls, dtype: str, weight: tuple[int, int, int, int], bias: int, isa_name: str | None = None
+    ) -> LinearKernel: ...
+    def run(self, x: int, y: int, rows: int, threads: int) -> None: ...

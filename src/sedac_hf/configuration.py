@@ -149,7 +149,7 @@ class SedacConfig(PreTrainedConfig):
         prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
         adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".
-        engine: "auto", "reference", "strips" or "gather".
+        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
         base_model_name_or_path, base_revision: where an adapter finds its base.
 
     Raises:
@@ -216,7 +216,7 @@ class SedacConfig(PreTrainedConfig):
         self.prompt = _one_of("prompt", prompt, ("full", "cut"), optional=True)
         self.adaptive_thresholds = adaptive_thresholds
         self.controller = _one_of("controller", controller, ("auto", "rust", "python"))
-        self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather"))
+        self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather", "rust"))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         if base_config is not None:

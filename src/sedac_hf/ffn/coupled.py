@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import bias_of, is_plain, rows, sliced, weight_of
+from sedac_hf.ffn.linears import bias_of, is_plain, original_forward, rows, sliced, weight_of
 from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.slicing import slicing_is_exact
@@ -24,17 +24,21 @@ from sedac_hf.ops import SiteCut, cut_ffn
 from sedac_hf.ops.tokens import chooses, compensated, is_whole, units_by_width, used_units, widest
 
 Current = Callable[[], "SiteCut | None"]
+Whole = Callable[[Tensor], "Tensor | None"]
 
 # Some classes split or view the hidden units; an empty tensor would break them.
 _LEAST_EMITTED = 8
 
 
-def forward_replacements(site: FFNSite, current: Current) -> list[tuple[nn.Module, Callable[..., Any]]]:
+def forward_replacements(
+    site: FFNSite, current: Current, whole: Whole | None = None
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a site and the forwards that cut it.
 
     Args:
         site: the FFN.
         current: the cut of the forward pass that calls it, asked at each call; None runs the original forwards.
+        whole: where every token is whole, asked for the output [n, d] of x [n, d]; None leaves it to the original.
 
     Returns:
         (module, forward) pairs. Install each as ``module.forward``, or as accelerate's ``_old_forward`` where the
@@ -48,13 +52,8 @@ def forward_replacements(site: FFNSite, current: Current) -> list[tuple[nn.Modul
     pairs.append((site.up, _Producer(call, site.up, gives_x=site.gate is None).forward))
     pairs.append((site.down, _Consumer(call, site.down).forward))
     if site.plain_forward:
-        pairs.append((site.owner, _Owner(call).forward))
+        pairs.append((site.owner, _Owner(call, whole).forward))
     return pairs
-
-
-def _original(module: nn.Module) -> Callable[..., Any]:
-    """What the replacement stands in for: behind accelerate's hook where there is one."""
-    return cast("Callable[..., Any]", module._old_forward if hasattr(module, "_hf_hook") else module.forward)
 
 
 class _Scratch(threading.local):
@@ -120,7 +119,7 @@ class _Producer:
         self.call = call
         self.linear = linear
         self.gives_x = gives_x
-        self.original = _original(linear)
+        self.original = original_forward(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut = self.call.cut()
@@ -150,7 +149,7 @@ class _Consumer:
     def __init__(self, call: _Calls, linear: nn.Module) -> None:
         self.call = call
         self.linear = linear
-        self.original = _original(linear)
+        self.original = original_forward(linear)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut, f, k = self.call.cut(), self.call.site.intermediate_size, h.shape[-1]
@@ -185,22 +184,28 @@ class _Consumer:
 class _Owner:
     """Forward of a recognised FFN: the whole call goes to the engines of `sedac_hf.ops`."""
 
-    def __init__(self, call: _Calls) -> None:
+    def __init__(self, call: _Calls, whole: Whole | None) -> None:
         self.call = call
-        self.original = _original(call.site.owner)
+        self.whole = whole
+        self.original = original_forward(call.site.owner)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut, site = self.call.cut(), self.call.site
         unusual = (
-            cut is None
-            or args
+            args
             or kwargs
             or site.owner.training  # dropout is the class's own affair
-            or _rows_of(x) != cut.plan.n_tokens
             or x.dtype != weight_of(site.down).dtype
             or torch.is_autocast_enabled(x.device.type)
         )
-        if unusual or cut is None:
+        if unusual or (cut is None and self.whole is None) or (cut is not None and _rows_of(x) != cut.plan.n_tokens):
             return self.original(x, *args, **kwargs)
-        y = cut_ffn(x.reshape(-1, x.shape[-1]), site.weights(), cut)
+        flat = x.reshape(-1, x.shape[-1])
+        if cut is not None:
+            y = cut_ffn(flat, site.weights(), cut)
+        else:
+            done = None if self.whole is None else self.whole(flat)
+            if done is None:
+                return self.original(x)
+            y = done
         return y.reshape(*x.shape[:-1], y.shape[-1])

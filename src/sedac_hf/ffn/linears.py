@@ -6,7 +6,8 @@ A linear is `nn.Linear`, transformers' `Conv1D`, or a stand-in for one (quantise
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,11 @@ def is_plain(module: nn.Module) -> bool:
 def weight_of(module: nn.Module) -> Tensor:
     """The weight as the module keeps it."""
     return cast(Tensor, module.weight)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """What a replacement of a module's forward stands in for: behind accelerate's hook where there is one."""
+    return cast("Callable[..., Any]", module._old_forward if hasattr(module, "_hf_hook") else module.forward)
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

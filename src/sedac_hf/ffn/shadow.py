@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.linears import is_plain, sliced, weight_of
 from sedac_hf.ffn.sites import FFNSite
-from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 
 _PROBE_ROWS = 256  # rows of the identity that reveal the weights of an opaque linear at a time
@@ -67,6 +67,17 @@ class Shadow:
         if self.unit_norm.device != x.device:
             self._move(x.device)
         return importance(x, self.deciding, self.bias, self.unit_norm, self.activation, rows)
+
+    def interleave(self) -> None:
+        """Lay the codes out as the CPU kernels read them; bits other than 4 are left as they are."""
+        if self.deciding.bits == 4:
+            self.deciding = self.deciding.interleave()
+
+    def tables(self) -> ShadowTables | None:
+        """What a CPU kernel reads; None unless interleaved and on the CPU."""
+        if not self.deciding.interleaved or self.unit_norm.device.type != "cpu":
+            return None
+        return ShadowTables(self.deciding.codes, self.deciding.scales, self.bias, self.unit_norm)
 
     def _move(self, device: torch.device) -> None:
         self.deciding = self.deciding.to(device)

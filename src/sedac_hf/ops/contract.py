@@ -113,6 +113,28 @@ class LevelPlan:
         return self._device_copies[key]
 
 
+class ShadowTables(NamedTuple):
+    """A 4-bit shadow as kernels read it: codes and scales of a `sedac_hf.ops.low_bit.LowBitMatrix`, interleaved for
+    the CPU kernels, row by row for the Triton kernels.
+
+    bias: float32 [f] or None; unit_norm: float32 [f]. All contiguous, on the weights' device.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    unit_norm: Tensor
+
+
+class DecodeKernel(Protocol):
+    """One FFN's compiled kernel for a few rows; see `sedac_hf.ops.rust_cpu.CpuFFN`."""
+
+    selects: bool
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether it can run this input."""
+
+
 class Compensation(Protocol):
     """What stands in for the units that a level leaves out; the whole FFN (level n_levels) is never compensated."""
 
@@ -139,7 +161,8 @@ class SiteCut:
     """One FFN's part in one forward call: levels, what they mean here, and how to run them.
 
     points: one operating point per level, 0..n_levels; importance: x [n, d] -> float32 [n, f], needed where a point
-    has importance_min > 0; engine: "auto", "reference", "strips" or "gather".
+    has importance_min > 0; engine: "auto" or a name in dispatch.py; kernel: the FFN's compiled kernel, if it has one
+    and may use it.
     """
 
     points: tuple[OperatingPoint, ...]
@@ -148,3 +171,4 @@ class SiteCut:
     compensation: Compensation | None
     engine: str
     record: Record
+    kernel: DecodeKernel | None = None

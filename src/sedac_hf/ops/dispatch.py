@@ -11,13 +11,20 @@ from sedac_hf.errors import ConfigError
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.gather import gather_ffn
 from sedac_hf.ops.reference import bounded_reference_ffn, reference_ffn
+from sedac_hf.ops.rust_cpu import rust_ffn
 from sedac_hf.ops.strips import strips_ffn
 from sedac_hf.ops.tokens import chooses
 
 Engine = Callable[[Tensor, FFNWeights, SiteCut], Tensor]
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
-    {"reference": reference_ffn, "masked": bounded_reference_ffn, "strips": strips_ffn, "gather": gather_ffn}
+    {
+        "reference": reference_ffn,
+        "masked": bounded_reference_ffn,
+        "strips": strips_ffn,
+        "gather": gather_ffn,
+        "rust": rust_ffn,
+    }
 )
 
 
@@ -47,15 +54,19 @@ def cut_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     if x.shape[0] == 0:
         cut.record(engine="none", tokens=0, needed=0, read=0, computed=0)
         return x.new_zeros(0, weights.down.shape[0])
-    return ENGINES[choose(cut)](x, weights, cut)
+    return ENGINES[choose(x, cut)](x, weights, cut)
 
 
-def choose(cut: SiteCut) -> str:
+def choose(x: Tensor, cut: SiteCut) -> str:
     """The engine for this call: the one that was asked for where it can give the result, else the fastest that can."""
     if cut.engine != "auto" and cut.engine not in ENGINES:
         raise ConfigError(f"`engine` must be one of auto, {', '.join(ENGINES)}, got {cut.engine!r}")
     if cut.engine in ("reference", "masked"):
         return cut.engine
-    if not chooses(cut):
+    choosing = chooses(cut)
+    kernel = cut.kernel if cut.engine in ("auto", "rust") else None
+    if kernel is not None and (kernel.selects or not choosing) and kernel.accepts(x):
+        return "rust"
+    if not choosing:
         return "strips"
     return "gather" if cut.plan.n_tokens == 1 else "masked"

@@ -5,8 +5,8 @@
 
 How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
 the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
-up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything); the CPU, and larger batches that
-select, compute every unit in plain torch and zero what is not used. Both give the same function.
+up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
+interleaved); all else computes every unit in plain torch and zeroes what is not used. Both give the same function.
 
 Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
 gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
@@ -16,14 +16,19 @@ result is [n, d] in x's dtype, which is the weights'. No gradient is defined: tr
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
+from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
+# What follows in both; functions below take it as ``*ffn``.
 _FFN = (
     "Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str activation"
     ") -> Tensor"
@@ -35,18 +40,8 @@ _SELECTED = (
 )
 
 
-def _truncated(
-    x: Tensor,
-    widths: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    weights = _weights(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
+def _truncated(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
+    weights = _weights(x, *ffn)
     return _masked(x, weights, _below(widths, weights.intermediate_size))
 
 
@@ -58,16 +53,11 @@ def _selected(
     scales: Tensor,
     deciding_bias: Tensor | None,
     unit_norm: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
+    *ffn: Any,
 ) -> Tensor:
-    weights = _weights(x, gate, up, down, gate_bias, up_bias, down_bias, activation)
-    deciding = LowBitMatrix(codes, scales, weights.hidden_size, bits=4)
+    weights = _weights(x, *ffn)
+    sizes = (weights.hidden_size, 4, weights.intermediate_size)
+    deciding = LowBitMatrix(codes, scales, *sizes, interleaved=codes.dim() == 5)
     worth = importance(x, deciding, deciding_bias, unit_norm, weights.activation)
     # Written so that a NaN keeps its unit: a token that is already broken must not look healthy.
     used = _below(widths, weights.intermediate_size) & ~(worth < importance_min[:, None])
@@ -122,11 +112,69 @@ selected_ffn = torch.library.custom_op(
 )
 
 
+def triton_is_installed() -> bool:
+    """Whether the operators can run on CUDA; PyTorch brings Triton along for Linux only."""
+    return find_spec("triton") is not None
+
+
+@truncated_ffn.register_kernel("cuda")
+def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
+    weights = _weights(x, *ffn)
+    if x.shape[0] == 0:
+        return _like_output(x, weights.down)
+    _need_triton()
+    # Not at the top: a machine without a GPU need not have Triton.
+    from sedac_hf.ops.triton_truncate import truncated
+
+    return truncated(x, widths, weights, ffn[-1])
+
+
+@selected_ffn.register_kernel("cuda")
+def _selected_on_cuda(
+    x: Tensor,
+    widths: Tensor,
+    importance_min: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    deciding_bias: Tensor | None,
+    unit_norm: Tensor,
+    *ffn: Any,
+) -> Tensor:
+    shadow = (codes, scales, deciding_bias, unit_norm)
+    if not 1 <= x.shape[0] <= MOST_SELECTING_ROWS or codes.dim() != 2:
+        return _selected(x, widths, importance_min, *shadow, *ffn)
+    weights = _weights(x, *ffn)
+    _need_triton()
+    from sedac_hf.ops.triton_select import selected
+
+    return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-1])
+
+
+def _need_triton() -> None:
+    if not triton_is_installed():
+        raise ConfigError(
+            "cut FFNs on CUDA inside a captured graph need Triton, which is not installed: install it, or generate "
+            "without a static cache (the eager engines run in plain PyTorch)"
+        )
+
+
 @truncated_ffn.register_fake
-def _(x, widths, gate, up, down, gate_bias, up_bias, down_bias, activation):  # type: ignore[no-untyped-def]
+def _(x: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
     return _like_output(x, down)
 
 
 @selected_ffn.register_fake
-def _(x, widths, importance_min, codes, scales, deciding_bias, unit_norm, gate, up, down, *rest):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    widths: Tensor,
+    importance_min: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    deciding_bias: Tensor | None,
+    unit_norm: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    *rest: Any,
+) -> Tensor:
     return _like_output(x, down)

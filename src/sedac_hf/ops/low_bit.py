@@ -12,7 +12,7 @@ has integers inside a group, so engines differ by the rounding of a few float ad
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional
 from sedac_hf.errors import ConfigError
 
 GROUP = 64
+INTERLEAVED_ROWS = 16
 _CLIPS = (1.0, 0.85, 0.7, 0.55)
 _CHUNK = 1 << 19  # weights that are quantised or expanded to float32 at a time
 
@@ -50,12 +51,17 @@ class LowBitMatrix:
     codes: for 4 bits uint8 [rows, groups * 32], byte i of a group holding element i (low half) and i + 32 (high
     half), each plus 8; else int8 [rows, groups * 64]. The last group is padded with zeros. scales: bfloat16
     [rows, groups].
+
+    Interleaved (see `interleave`), 4-bit codes are uint8 [blocks, groups, 8, 16, 4], four bytes of each of 16 rows
+    side by side, and scales [blocks, groups, 16]; rows are then padded with zeros to whole blocks.
     """
 
     codes: Tensor
     scales: Tensor
     columns: int
     bits: int
+    rows: int
+    interleaved: bool = False
 
     @classmethod
     def quantize(cls, weight: Tensor, bits: int = 4) -> LowBitMatrix:
@@ -69,7 +75,28 @@ class LowBitMatrix:
         step = max(1, _CHUNK // max(1, weight.shape[1]))
         parts = [_quantized(part, bits) for part in weight.detach().split(step)]
         codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return cls(codes, scales, weight.shape[1], bits)
+        return cls(codes, scales, weight.shape[1], bits, weight.shape[0])
+
+    def interleave(self) -> LowBitMatrix:
+        """The same matrix as the CPU kernels read it: a vector then holds codes of 16 rows.
+
+        Raises:
+            ConfigError: it has not 4 bits.
+        """
+        if self.interleaved:
+            return self
+        if self.bits != 4:
+            raise ConfigError(f"only a 4-bit copy can be interleaved, this one has {self.bits} bits")
+        padding = (0, 0, 0, -self.rows % INTERLEAVED_ROWS)
+        blocks, groups = -(-self.rows // INTERLEAVED_ROWS), self.scales.shape[1]
+        codes = functional.pad(self.codes, padding).view(blocks, INTERLEAVED_ROWS, groups, GROUP // 8, 4)
+        scales = functional.pad(self.scales, padding).view(blocks, INTERLEAVED_ROWS, groups)
+        return replace(
+            self,
+            codes=codes.permute(0, 2, 3, 1, 4).contiguous(),
+            scales=scales.permute(0, 2, 1).contiguous(),
+            interleaved=True,
+        )
 
     @property
     def bytes(self) -> int:
@@ -78,7 +105,8 @@ class LowBitMatrix:
 
     def dequantized(self, lo: int = 0, hi: int | None = None) -> Tensor:
         """Rows lo..hi as float32 [hi - lo, columns]: the exact products of scale and code."""
-        codes, scales = self.codes[lo:hi], self.scales[lo:hi].float()
+        codes, scales = self._row_by_row(lo, self.rows if hi is None else hi)
+        scales = scales.float()
         rows, groups = scales.shape
         if self.bits == 4:
             halves = codes.view(rows, groups, GROUP // 2)
@@ -90,7 +118,7 @@ class LowBitMatrix:
 
     def product(self, x: Int8Rows, lo: int = 0, hi: int | None = None) -> Tensor:
         """``x @ rows[lo:hi].T`` -> float32 [n, hi - lo]; expands a bounded number of rows at a time."""
-        hi = self.codes.shape[0] if hi is None else hi
+        hi = self.rows if hi is None else hi
         step = max(1, _CHUNK // max(1, self.columns))
         out = torch.empty(x.codes.shape[0], hi - lo, dtype=torch.float32, device=x.codes.device)
         with torch.no_grad():
@@ -100,7 +128,18 @@ class LowBitMatrix:
             return out.mul_(x.scale)
 
     def to(self, device: torch.device) -> LowBitMatrix:
-        return LowBitMatrix(self.codes.to(device), self.scales.to(device), self.columns, self.bits)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
+
+    def _row_by_row(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales of rows lo..hi in the plain layout."""
+        if not self.interleaved:
+            return self.codes[lo:hi], self.scales[lo:hi]
+        first, last = lo // INTERLEAVED_ROWS, -(-hi // INTERLEAVED_ROWS)
+        rows = (last - first) * INTERLEAVED_ROWS
+        inside = slice(lo - first * INTERLEAVED_ROWS, hi - first * INTERLEAVED_ROWS)
+        codes = self.codes[first:last].permute(0, 3, 1, 2, 4).reshape(rows, -1)
+        scales = self.scales[first:last].permute(0, 2, 1).reshape(rows, -1)
+        return codes[inside], scales[inside]
 
 
 def importance(

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sedac_hf.ops.triton_launch import Launch
-from sedac_hf.ops.triton_tiles import plus_product, tile_widths
+from sedac_hf.ops.triton_launch import Launch, options
+from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, plus_product, tile_widths
 
 _ADDED_OUTPUTS = 512  # outputs that one program of the second kernel adds
 
@@ -27,7 +27,7 @@ def covered_units(widths, DOWN_UNITS: tl.constexpr):
     return tl.cdiv(tl.max(widths, 0), DOWN_UNITS) * DOWN_UNITS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def down_tiles(
     H, DOWN, DOWN_BIAS, WIDTHS, ALIVE, SUMS, Y, n, outputs, f, h_token, down_output, down_unit, y_token,
     UNITS_ADJACENT: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, DOWN_UNITS: tl.constexpr,
@@ -68,7 +68,7 @@ def down_tiles(
             tl.store(SUMS + row[None, :] * outputs + output[:, None], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def add_splits(
     SUMS, DOWN_BIAS, WIDTHS, Y, n, outputs, f, y_token,
     DOWN_UNITS: tl.constexpr, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -79,7 +79,7 @@ def add_splits(
     width = tl.minimum(tl.maximum(tl.load(WIDTHS + token), 0), f)
     total = tl.zeros((OUTPUTS,), tl.float32)
     for split in range(0, tl.minimum(tl.cdiv(width, DOWN_UNITS), SPLITS)):
-        row = split * n.to(tl.int64) + token
+        row = token.to(tl.int64) + split * n
         total += tl.load(SUMS + row * outputs + output, mask=output < outputs, other=0.0)
     if DOWN_BIAS is not None:
         total += tl.load(DOWN_BIAS + output, mask=output < outputs, other=0.0).to(tl.float32)
@@ -100,11 +100,11 @@ def project_down(
         h, down, down_bias, widths, alive, sums, y, n, outputs, f, h.stride(0), down.stride(0), down.stride(1),
         y.stride(0),
         UNITS_ADJACENT=down.stride(1) == 1, TOKENS=launch.tokens, OUTPUTS=launch.outputs, DOWN_UNITS=launch.down_units,
-        SPLITS=launch.splits, num_warps=launch.down_warps, num_stages=launch.down_stages,
+        SPLITS=launch.splits, **options(launch.down_warps, launch.down_stages),
     )  # fmt: skip
     if sums is not None:
         add_splits[(n, triton.cdiv(outputs, _ADDED_OUTPUTS))](
             sums, down_bias, widths, y, n, outputs, f, y.stride(0),
-            DOWN_UNITS=launch.down_units, SPLITS=launch.splits, OUTPUTS=_ADDED_OUTPUTS, num_warps=4,
+            DOWN_UNITS=launch.down_units, SPLITS=launch.splits, OUTPUTS=_ADDED_OUTPUTS, **options(4, 1),
         )  # fmt: skip
     return y

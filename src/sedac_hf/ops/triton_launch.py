@@ -38,6 +38,11 @@ class Launch(NamedTuple):
     down_stages: int
 
 
+def options(warps: int, stages: int) -> dict[str, int | bool]:
+    """Compiler options of a launch. Fused multiply-adds are asked for by name: Triton's default changes."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 # (most tokens of the call, launch for 2-byte weights); splits are filled in by shape. All unmeasured.
 _TRUNCATE: tuple[tuple[int | None, Launch], ...] = (
     (16, Launch(16, 32, 128, 64, 64, 0, 4, 4, 4, 4)),
@@ -61,8 +66,10 @@ def select_launch(tokens: int, outputs: int, intermediate_size: int, element_siz
 
 
 def _fitted(launch: Launch, tokens: int, outputs: int, intermediate_size: int, element_size: int) -> Launch:
-    if element_size == 4:  # the same bytes of shared memory
-        launch = launch._replace(inputs=launch.inputs // 2, down_units=launch.down_units // 2)
+    if element_size == 4:  # the same bytes of shared memory, and sums in no more registers than there are
+        launch = launch._replace(
+            inputs=launch.inputs // 2, down_units=launch.down_units // 2, outputs=min(launch.outputs, 64)
+        )
     tiles = _tiles(outputs, launch.outputs) * _tiles(tokens, launch.tokens)
     most = min(_MOST_SPLITS, _tiles(intermediate_size, launch.down_units))
     splits = 1

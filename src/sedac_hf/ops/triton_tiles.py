@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+NUMBER_OF_TOKENS = ("n",)
+"""The argument of kernels that changes from call to call: no variants of a kernel are compiled for its values."""
+
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):

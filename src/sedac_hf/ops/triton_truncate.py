@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.triton_down import covered_units, project_down
-from sedac_hf.ops.triton_launch import Launch, truncate_launch
-from sedac_hf.ops.triton_tiles import hidden_tile, tile_widths
+from sedac_hf.ops.triton_launch import Launch, options, truncate_launch
+from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, hidden_tile, tile_widths
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def truncated_hidden(
     X, GATE, UP, GATE_BIAS, UP_BIAS, WIDTHS, H, n, d, f,
     x_token, gate_unit, gate_input, up_unit, up_input, h_token,
@@ -57,7 +57,7 @@ def truncated(x: Tensor, widths: Tensor, weights: FFNWeights, activation: str, l
             x, gate, up, weights.gate_bias, weights.up_bias, widths, h, n, d, f,
             x.stride(0), *gate_strides, *up.stride(), h.stride(0),
             ACTIVATION=activation, UNITS_ADJACENT=up.stride(1) != 1, TOKENS=launch.tokens, UNITS=launch.units,
-            INPUTS=launch.inputs, DOWN_UNITS=launch.down_units, num_warps=launch.hidden_warps,
-            num_stages=launch.hidden_stages,
+            INPUTS=launch.inputs, DOWN_UNITS=launch.down_units,
+            **options(launch.hidden_warps, launch.hidden_stages),
         )  # fmt: skip
         return project_down(h, widths, None, weights.down, weights.down_bias, launch)

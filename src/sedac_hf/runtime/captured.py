@@ -22,7 +22,7 @@ from transformers.utils import logging
 from sedac_hf.control.audit import AuditCounts, DecisionAudit
 from sedac_hf.control.decision_log import DecisionLog
 from sedac_hf.control.torch_engine import DeviceLaw
-from sedac_hf.ffn.linears import weight_of
+from sedac_hf.ffn.linears import original_forward, weight_of
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.runtime.captured_sites import CapturedSite
 from sedac_hf.runtime.captured_stats import CapturedTotals
@@ -222,6 +222,12 @@ class CapturedExecution(Execution):
             for module, forward in replacements
         ]
 
+    def untouched(
+        self, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]
+    ) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Replaced forwards of other modules, which a trace is to run as they were."""
+        return [(module, _Untouched(self, -1, module, forward).forward) for module, forward in replacements]
+
 
 class _Untouched:
     """A linear that a trace runs as it is."""
@@ -231,9 +237,7 @@ class _Untouched:
         self.i = i
         self.module = module
         self.eager = eager
-        # Behind accelerate's hook where there is one, as in ffn/coupled.py.
-        original: Any = module._old_forward if hasattr(module, "_hf_hook") else module.forward
-        self.original: Callable[..., Any] = original
+        self.original = original_forward(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.execution.tracing:

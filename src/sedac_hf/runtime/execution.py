@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.rust_cpu import MAX_ROWS
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass, prompt_mask
 from sedac_hf.runtime.observation import hidden_of
 
@@ -129,9 +130,25 @@ class Execution:
             compensation=compensation,
             engine="reference" if runtime.policy is not None and runtime.policy.cut == "mask" else runtime.engine,
             record=functools.partial(self._record, i, state, plan, compensation, shadow is not None),
+            kernel=runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None,
         )
         state.cuts[i] = (plan, cut)
         return cut
+
+    def site_whole(self, i: int, x: Tensor) -> Tensor | None:
+        """The whole FFN of site i by its compiled kernel, x [n, d] -> [n, d]; None: the module itself is to run."""
+        runtime = self._runtime
+        state = current_pass.get()
+        if x.shape[0] > MAX_ROWS or state is None or state.runtime is not runtime or x.shape[0] != state.n_tokens:
+            return None
+        kernel = runtime.weights.kernel(i)
+        if kernel is None or not kernel.accepts(x) or not runtime.planner.whole_by_kernel(kernel, x.shape[0]):
+            return None
+        y = kernel.whole(x)
+        n, units = state.n_tokens, kernel.intermediate_size
+        state.recorded.add(i)
+        runtime.tally.ffn(i, engine="rust, whole", tokens=n, needed=units * n, read=units, computed=units * n)
+        return y
 
     def _resolve(
         self, i: int, state: ForwardPass

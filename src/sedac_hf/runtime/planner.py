@@ -1,78 +1,143 @@
-"""Whether cutting pays for one ``generate`` call: decided once, before it starts, from times measured here."""
+"""What one ``generate`` call does, decided once before it starts, from times measured here: cut or full width, and
+which linear maps run by the compiled kernels.
+
+A measurement takes a fraction of a second, is made once per number of rows, and is kept until policy, device or dtype
+change.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.contract import LevelPlan, SiteCut
+from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
+from sedac_hf.runtime.decode_linears import DecodeLinear, Shape
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
+Call = Callable[[], object]
+
 REPEATS = 7
-MIN_GAIN = 0.1  # share of the dense FFN time: less is within a noisy machine's reach
+MIN_GAIN = 0.1  # share of the FFN time: less is within a noisy machine's reach
 
 
 class GenerationPlanner:
-    """Measures, per number of rows, the time of one decode step's FFNs, dense against cut at the typical level.
-
-    Probes and controller are counted against the gain. Results are kept until the policy, device or dtype changes.
-    """
+    """Compares, per number of rows, ways to run one decode step; probes and controller count against cutting."""
 
     def __init__(self, runtime: SedacRuntime) -> None:
         self._runtime = runtime
         self._known: dict[tuple[object, ...], tuple[bool, str]] = {}
+        self._by_kernel: dict[tuple[object, ...], bool] = {}
 
-    def choose(self, rows: int) -> tuple[bool, str]:
-        """(cut?, reason) for decode steps of ``rows`` sequences."""
+    def choose(self, rows: int, *, consistent: bool = False) -> tuple[bool, str]:
+        """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent`` asks for the cut whatever it costs."""
         runtime = self._runtime
         if runtime.policy is None:
             return False, "not calibrated"
-        weight = runtime.sites[-1].down.weight
+        self._compare_kernels(rows)
+        if consistent:
+            return True, "asked for"
+        weight = weight_of(runtime.sites[-1].down)
         key = (id(runtime.policy), rows, weight.device, weight.dtype, torch.get_num_threads())
         if key not in self._known:
-            self._known[key] = self._measure(rows)
+            self._known[key] = self._compare_widths(rows)
         return self._known[key]
 
-    def _measure(self, rows: int) -> tuple[bool, str]:
+    # ---------------------------------------------------------------- kernel or module
+
+    def linear_by_kernel(self, shape: Shape, rows: int) -> bool:
+        """Whether linear maps of this shape run by the kernel; yes where it has not been measured."""
+        return self._by_kernel.get((*shape, rows, torch.get_num_threads()), True)
+
+    def whole_by_kernel(self, kernel: CpuFFN, rows: int) -> bool:
+        """The same for whole FFNs."""
+        return self._by_kernel.get((*_ffn_shape(kernel), rows, torch.get_num_threads()), True)
+
+    def _compare_kernels(self, rows: int) -> None:
+        runtime = self._runtime
+        if rows > MAX_ROWS or not runtime.weights.uses_kernels:
+            return
+        threads = torch.get_num_threads()
+        linears: dict[tuple[object, ...], list[DecodeLinear]] = {}
+        for linear in runtime.decode_linears:
+            linears.setdefault((*linear.shape, rows, threads), []).append(linear)
+        for key, alike in linears.items():
+            if key not in self._by_kernel:
+                self._by_kernel[key] = _linear_is_faster(alike, rows)
+        sites: dict[tuple[object, ...], list[tuple[CpuFFN, nn.Module]]] = {}
+        for i, site in enumerate(runtime.sites):
+            kernel = runtime.weights.kernel(i)
+            if kernel is not None:
+                sites.setdefault((*_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
+        for key, of_shape in sites.items():
+            if key not in self._by_kernel:
+                x = torch.randn(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
+                ours, theirs = interleaved(
+                    [_in_turn([functools.partial(kernel.whole, x) for kernel, _ in of_shape]),
+                     # Outside a forward pass an owner's own forward runs.
+                     _in_turn([functools.partial(owner, x) for _, owner in of_shape])],
+                    x.device,
+                )  # fmt: skip
+                self._by_kernel[key] = ours <= theirs
+
+    # ---------------------------------------------------------------- cut or full width
+
+    def _compare_widths(self, rows: int) -> tuple[bool, str]:
         runtime, policy = self._runtime, self._runtime.policy
         assert policy is not None
         governed = [i for i, segment in enumerate(runtime.segments) if segment >= 0]
         timed = [i for i in governed if runtime.sites[i].plain_forward]
         if policy.cut == "mask" or len(timed) < len(governed) or not governed:
             return False, "the FFNs of this model run by masking, which saves nothing"
-        site_idx = timed[len(timed) // 2]
-        site = runtime.sites[site_idx]
+        site = runtime.sites[timed[0]]
         weight = site.weights().up
         x = torch.randn(rows, site.hidden_size, device=weight.device).to(weight.dtype)
-        cut = SiteCut(
-            points=policy.schedule.points[site_idx],
-            plan=LevelPlan.same(rows, policy.typical_level, policy.n_levels),
-            importance=runtime.weights.importance(site_idx),
-            compensation=None if policy.compensation is None else policy.compensation[site_idx],
-            engine=runtime.engine,
-            record=_forget,
+        pairs = [self._whole_and_cut(i, x) for i in timed]
+        whole_time, cut_time = interleaved(
+            [_in_turn([whole for whole, _ in pairs]), _in_turn([cut for _, cut in pairs])], x.device
         )
-        dense_time, cut_time = _interleaved(
-            [lambda: site.owner(x), lambda: cut_ffn(x, site.weights(), cut)], weight.device
-        )
-        (decide_time,) = _interleaved([lambda: self._decide_once(x.float(), rows)], weight.device)
-        dense = dense_time * len(governed)
-        gain = dense - cut_time * len(governed) - decide_time * len(runtime.checkpoint_layers)
-        figures = f"{gain * 1e6:+.0f} us of {dense * 1e6:.0f} us FFN time per step at {rows} row(s), measured"
-        if gain < MIN_GAIN * dense:
+        (decide_time,) = interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
+        whole_step = whole_time * len(governed)
+        gain = whole_step - cut_time * len(governed) - decide_time * len(runtime.checkpoint_layers)
+        figures = f"{gain * 1e6:+.0f} us of {whole_step * 1e6:.0f} us FFN time per step at {rows} row(s), measured"
+        if gain < MIN_GAIN * whole_step:
             return False, f"cutting does not pay: {figures}"
         return True, f"cutting pays: {figures}"
 
+    def _whole_and_cut(self, i: int, x: Tensor) -> tuple[Call, Call]:
+        """Site i whole, and cut at the typical level."""
+        runtime, policy = self._runtime, self._runtime.policy
+        assert policy is not None
+        rows, site, weights = x.shape[0], runtime.sites[i], runtime.sites[i].weights()
+        kernel = runtime.weights.kernel(i) if rows <= MAX_ROWS else None
+        cut = SiteCut(
+            points=policy.schedule.points[i],
+            plan=LevelPlan.same(rows, policy.typical_level, policy.n_levels),
+            importance=runtime.weights.importance(i),
+            compensation=None if policy.compensation is None else policy.compensation[i],
+            engine=runtime.engine,
+            record=_forget,
+            kernel=kernel,
+        )
+        whole: Call = functools.partial(site.owner, x)
+        if kernel is not None and kernel.accepts(x) and self.whole_by_kernel(kernel, rows):
+            whole = functools.partial(kernel.whole, x)
+        return whole, functools.partial(cut_ffn, x, weights, cut)
+
     @torch.no_grad()
-    def _decide_once(self, x: torch.Tensor, rows: int) -> None:
+    def _decide_once(self, x: Tensor, rows: int) -> None:
         runtime = self._runtime
         assert runtime.probes is not None
         state = runtime.controller.begin(rows)
@@ -83,12 +148,36 @@ class GenerationPlanner:
         runtime.controller.plan(runtime.controller.step(state, 0, risk))
 
 
+def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:
+    return "ffn", kernel.intermediate_size, kernel.hidden_size, kernel.dtype
+
+
+def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
+    """Whether the kernels of linear maps of one shape take no longer than the modules themselves."""
+    with torch.no_grad():
+        x = torch.randn(rows, alike[0].shape[1]).to(alike[0].shape[2])
+        if any(linear.by_kernel(x) is None for linear in alike):
+            return False
+        ours, theirs = interleaved(
+            [_in_turn([functools.partial(linear.by_kernel, x) for linear in alike]),
+             _in_turn([functools.partial(linear.original, x) for linear in alike])],
+            x.device,
+        )  # fmt: skip
+    return ours <= theirs
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    """One call after the other, time by time: a decoder's layers find their weights in memory, not in the cache."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
 def _forget(**_: object) -> None:
     """A record that nobody keeps."""
 
 
 @torch.no_grad()
-def _interleaved(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
+def interleaved(calls: Sequence[Call], device: torch.device) -> list[float]:
     """Median seconds of each call, taken in turns so that a busy machine slows all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for repeat in range(REPEATS + 1):

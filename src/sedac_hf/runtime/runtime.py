@@ -22,8 +22,10 @@ from sedac_hf.ffn.coupled import forward_replacements
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, OperatingPoint
+from sedac_hf.ops.rust_cpu import available
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
+from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall
 from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
@@ -42,7 +44,7 @@ class SedacRuntime:
         checkpoint_layers: decoder layers with a probe, ascending, each below the number of layers; default: n/4, n/2
             and 3n/4.
         controller: "auto", "rust" or "python".
-        engine: "auto", "reference", "strips" or "gather".
+        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
         adaptive_thresholds: move the thresholds with the risks seen at inference.
 
     Raises:
@@ -59,6 +61,11 @@ class SedacRuntime:
         engine: str = "auto",
         adaptive_thresholds: bool = False,
     ) -> None:
+        if engine == "rust" and not available():
+            raise ConfigError(
+                "engine='rust' needs the compiled module sedac_hf._rust, which is not installed: build it with "
+                "`pip install .` or `maturin develop --release`, or use engine='auto'"
+            )
         found = find_sites(model)
         n_layers = len(found.decoder_layers)
         checkpoint_layers = default_checkpoint_layers(n_layers) if checkpoint_layers is None else checkpoint_layers
@@ -82,8 +89,9 @@ class SedacRuntime:
         self.probes: ProbeBank | None = None
         self._controller_choice = controller
         self._controller: Controller | None = None
-        self.weights = PreparedWeights(self.sites)
+        self.weights = PreparedWeights(self.sites, kernels=engine in ("auto", "rust"))
         self._attachment: Attachment | None = None
+        self.decode_linears: tuple[DecodeLinear, ...] = ()
         self.whole_depth = 0  # `full_width` blocks entered and not left
         self.forcing: Forced | None = None
         self.probes_decide = True
@@ -128,6 +136,7 @@ class SedacRuntime:
             self.weights.reorder(policy.channel_order)
             if policy.cut == "select":
                 self.build_shadows()
+                self.weights.lay_out_by_units()
             self.attach()
         except BaseException:
             self.uninstall()
@@ -153,13 +162,21 @@ class SedacRuntime:
         if self._attachment is not None:
             return
         attachment, execution = Attachment(), self.captured
+        kernels = self.weights.uses_kernels and self.policy is not None
         try:
             attachment.around_forward(self.model, execution.begin, execution.end)
             for idx, layer in enumerate(self.checkpoint_layers):
                 attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
             for i, site in enumerate(self.sites):
-                replacements = forward_replacements(site, functools.partial(execution.site_cut, i))
+                cut, whole = functools.partial(execution.site_cut, i), functools.partial(execution.site_whole, i)
+                replacements = forward_replacements(site, cut, whole if kernels else None)
                 attachment.replace_forwards(execution.switch(i, site, replacements))
+            self.decode_linears = ()
+            if kernels:
+                ours = {id(linear) for site in self.sites for linear in site.linears}
+                self.decode_linears = tuple(decode_linears(self.model, ours, self.planner.linear_by_kernel))
+                others = [(linear.module, linear.forward) for linear in self.decode_linears]
+                attachment.replace_forwards(execution.untouched(others))
         except BaseException:
             attachment.detach()
             raise
@@ -170,6 +187,7 @@ class SedacRuntime:
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
+            self.decode_linears = ()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -239,7 +257,7 @@ class SedacRuntime:
 
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
-        cut, reason = (self.policy is not None, "asked for") if consistent else self.planner.choose(rows)
+        cut, reason = self.planner.choose(rows, consistent=consistent)
         self.tally.choice(f"{'cut' if cut else 'full width'}: {reason}")
         return GenerationCall(self, not cut, reason, prompt_length if full_prompt else 0)
 

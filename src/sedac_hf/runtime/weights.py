@@ -1,26 +1,41 @@
-"""What a policy makes of the base's weights: the channel order, put in place and taken back, and the shadows."""
+"""What a policy makes of the base's weights: channel order and memory layout, put in place and taken back; shadows,
+and the compiled kernels on the weights as they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
+from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
+from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.rust_cpu import CpuFFN, available
 from sedac_hf.runtime.stats import SiteCost
 
 
 class PreparedWeights:
-    """Channel order and shadows of a decoder's FFNs; `restore` gives every bit back."""
+    """Channel order, layout, shadows and kernels of a decoder's FFNs; `restore` gives every bit back.
 
-    def __init__(self, sites: Sequence[FFNSite]) -> None:
+    Args:
+        kernels: whether the compiled kernels may be used, and weights laid out for them.
+    """
+
+    def __init__(self, sites: Sequence[FFNSite], *, kernels: bool) -> None:
         self.sites = tuple(sites)
+        self.uses_kernels = kernels and available()
         self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
+        self._by_units: tuple[nn.Module, ...] | None = None  # the linears laid out by units; None: not asked for
+        self._kernels: dict[int, tuple[tuple[int, ...], CpuFFN | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernels": {}}  # a kernel is made of addresses
 
     @property
     def has_shadows(self) -> bool:
@@ -42,10 +57,25 @@ class PreparedWeights:
             raise
         self._orders = tuple(orders)
 
+    def lay_out_by_units(self) -> None:
+        """Lay the weights out so that single units can be read quickly, where kernels are used."""
+        if not self.uses_kernels or self._by_units is not None:
+            return
+        self._by_units = ()
+        for site in self.sites:
+            self._by_units += lay_out_by_units(site)
+
+    def _lay_out_as_usual(self) -> bool:
+        linears, self._by_units = self._by_units, None
+        lay_out_as_usual(linears or ())
+        return linears is not None
+
     def restore(self) -> None:
-        """Natural order, no shadows."""
+        """Natural order, the usual layout, no shadows."""
+        self._lay_out_as_usual()
         self._undo()
         self.shadows = [None] * len(self.sites)
+        self._kernels.clear()
 
     def _undo(self) -> tuple[Tensor | None, ...] | None:
         orders, self._orders = self._orders, None
@@ -56,19 +86,38 @@ class PreparedWeights:
 
     @contextmanager
     def natural_order(self) -> Iterator[None]:
-        """The base's weights in the order they came in, for the length of a ``with`` block. Not for concurrent use."""
+        """The base's weights as they came, order and layout, for the length of a ``with`` block. Not for concurrent
+        use."""
+        by_units = self._lay_out_as_usual()
         orders = self._undo()
         try:
             yield
         finally:
             self.reorder(orders)
+            if by_units:
+                self.lay_out_by_units()
 
     def build_shadows(self) -> None:
         """Make the shadows of all FFNs, from the weights as they are now.
 
         Weights that cannot be read here (4-bit, offloaded, wrapped) get no copy: their exact gate decides.
         """
+        self._kernels.clear()
         self.shadows = [_deciding(site) for site in self.sites]
+        for site, shadow in zip(self.sites, self.shadows, strict=True):
+            # In place of the plain layout: a shadow has no second copy either.
+            if isinstance(shadow, Shadow) and self.uses_kernels and weight_of(site.down).device.type == "cpu":
+                shadow.interleave()
+
+    def kernel(self, site: int) -> CpuFFN | None:
+        """The compiled kernel of an FFN on its weights as they lie now; None where the kernels can't run it."""
+        if not self.uses_kernels:
+            return None
+        addresses = tuple([weight_of(linear).data_ptr() for linear in self.sites[site].linears])
+        known = self._kernels.get(site)
+        if known is None or known[0] != addresses:
+            known = self._kernels[site] = (addresses, _kernel(self.sites[site], self.shadows[site]))
+        return known[1]
 
     def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
         """What decides which units a token uses in this FFN; None where there is no shadow."""
@@ -85,6 +134,14 @@ def _deciding(site: FFNSite) -> Shadow | ExactGate:
         return Shadow.build(site)
     except UnsupportedModelError:
         return ExactGate(site)
+
+
+def _kernel(site: FFNSite, shadow: Shadow | ExactGate | None) -> CpuFFN | None:
+    if not site.plain_forward:
+        return None
+    weights = site.weights()
+    tables = shadow.tables() if isinstance(shadow, Shadow) else None
+    return CpuFFN(weights, tables) if CpuFFN.fits(weights) else None
 
 
 def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:

@@ -1,0 +1,43 @@
+"""Where torch's own worker threads can be entered from compiled code.
+
+After a parallel region the workers of torch's OpenMP runtime spin for milliseconds, waiting for the next one. A second
+pool would fight them for the cores: a decode step gained 9% where it gains 93% without that fight (AMD EPYC, two
+cores, 0.5B shape in float32). So kernels enter the same runtime; nothing needs to be set before, nor undone after.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+_MAPS = Path("/proc/self/maps")
+_SYMBOL = "GOMP_parallel"
+
+
+@functools.cache
+def parallel_address() -> int:
+    """Address of the function that runs a region on torch's threads; 0 where there is none that we know.
+
+    Known is GCC's runtime, which torch ships on Linux. Elsewhere kernels have threads of their own.
+    """
+    library = _runtime_in_use()
+    if library is None:
+        return 0
+    try:
+        # Loaded already: this only finds it. The library stays loaded as long as torch does.
+        return ctypes.cast(getattr(ctypes.CDLL(library), _SYMBOL), ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def _runtime_in_use() -> str | None:
+    if "OpenMP" not in torch.__config__.parallel_info() or not _MAPS.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1].strip() for line in _MAPS.read_text(errors="replace").splitlines()}
+    found = sorted(path for path in paths if Path(path).name.startswith("libgomp"))
+    # Other packages may bring a copy of their own; torch's lies with torch, or is the system's.
+    with_torch = [path for path in found if Path(torch.__file__).parent in Path(path).parents or "torch.libs" in path]
+    return next(iter([*with_torch, *found]), None)

@@ -1,0 +1,184 @@
+"""The compiled kernels on torch tensors: a cut FFN, and a plain linear map, for one to four rows on a CPU.
+
+With few rows the time of an FFN is the time of reading its weights, so the kernels read each weight that some row uses
+once, and no other. Results do not depend on the number of threads, nor a row's result on the other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_hf.ops.activations import name_of
+from sedac_hf.ops.contract import FFNWeights, OperatingPoint, ShadowTables, SiteCut
+from sedac_hf.ops.openmp import parallel_address
+from sedac_hf.ops.tokens import compensated, level_widths
+
+try:
+    from sedac_hf import _rust
+except ImportError:  # the source tree without its compiled module: the engines in torch do everything
+    _rust = None  # type: ignore[assignment]
+
+MAX_ROWS = 4
+"""Most rows that a kernel runs; with more, products of matrices are the better way."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if _rust is not None:
+    _rust.set_openmp(parallel_address())
+
+
+def available() -> bool:
+    """Whether the compiled module is installed."""
+    return _rust is not None
+
+
+def shares_torch_threads() -> bool:
+    """Whether kernels run on torch's own worker threads; otherwise they have a pool of their own."""
+    return parallel_address() != 0
+
+
+class CpuFFN:
+    """The kernel of one FFN, on the FFN's own memory.
+
+    Args:
+        weights: on the CPU, see `fits`; the kernel keeps the tensors, and must be made anew when they move.
+        shadow: what decides, where tokens choose their units.
+    """
+
+    def __init__(self, weights: FFNWeights, shadow: ShadowTables | None = None, *, isa: str | None = None) -> None:
+        name = name_of(weights.activation)
+        if name is None or not CpuFFN.fits(weights):
+            raise ValueError("the kernels must be able to read the weights and know the activation; ask `fits` first")
+        self._keep = (weights, shadow)
+        self.hidden_size, self.intermediate_size = weights.hidden_size, weights.intermediate_size
+        self.dtype = weights.up.dtype
+        self.selects = shadow is not None
+        by_columns = _rows_are_runs(weights.down.T)
+        self._kernel = _rust.FfnKernel(
+            str(weights.up.dtype).removeprefix("torch."),
+            name,
+            None if weights.gate is None else _placed(weights.gate),
+            _placed(weights.up),
+            _placed(weights.down.T if by_columns else weights.down),
+            by_columns,
+            (_address(weights.gate_bias), _address(weights.up_bias), _address(weights.down_bias)),
+            None if shadow is None else tuple(_address(table) for table in shadow),
+            isa,
+        )
+
+    @staticmethod
+    def fits(weights: FFNWeights) -> bool:
+        """Whether the kernels can run an FFN: CPU memory, rows (or columns of down) contiguous, a known activation."""
+        tensors = [weights.up, weights.down, *(() if weights.gate is None else (weights.gate,))]
+        biases = [b for b in (weights.gate_bias, weights.up_bias, weights.down_bias) if b is not None]
+        return (
+            _rust is not None
+            and all(_is_plain(tensor, weights.up.dtype) for tensor in (*tensors, *biases))
+            and all(bias.is_contiguous() for bias in biases)
+            and all(_rows_are_runs(tensor) for tensor in tensors[::2])
+            and (_rows_are_runs(weights.down) or _rows_are_runs(weights.down.T))
+            and name_of(weights.activation) is not None
+        )
+
+    def run(
+        self, x: Tensor, points: Sequence[OperatingPoint], hidden: Tensor | None = None
+    ) -> tuple[Tensor, int, int]:
+        """x [n, d] with one point per row -> (y [n, d], units needed over all rows, units read).
+
+        hidden: float32 [n, f], contiguous; receives the hidden values of the units in use, zeros elsewhere.
+        """
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        needed, read = self._kernel.run(
+            x.data_ptr(), y.data_ptr(), points, torch.get_num_threads(), 0 if hidden is None else hidden.data_ptr()
+        )
+        return y, needed, read
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The whole FFN: x [n, d] -> y [n, d]."""
+        return self.run(x, [OperatingPoint(self.intermediate_size)] * x.shape[0])[0]
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether a call with this input can be run: few rows, the weights' dtype, no gradient."""
+        return (
+            x.shape[0] <= MAX_ROWS
+            and x.dtype == self.dtype
+            and x.device.type == "cpu"
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
+
+
+class CpuLinear:
+    """The kernel of one linear map ``x W^T + b`` on its own memory; the arguments must satisfy `fits`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, isa: str | None = None) -> None:
+        self._keep = (weight, bias)
+        self.dtype = weight.dtype
+        self.inputs, self.outputs = weight.shape[1], weight.shape[0]
+        self._kernel = _rust.LinearKernel(
+            str(weight.dtype).removeprefix("torch."), _placed(weight), _address(bias), isa
+        )
+
+    @staticmethod
+    def fits(weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernels can run this map: CPU memory, contiguous rows."""
+        return (
+            _rust is not None
+            and _is_plain(weight, weight.dtype)
+            and weight.dim() == 2
+            and _rows_are_runs(weight)
+            and (bias is None or (_is_plain(bias, weight.dtype) and bias.is_contiguous()))
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [..., inputs] of at most `MAX_ROWS` rows in the weight's dtype -> [..., outputs]."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, torch.get_num_threads())
+        return y
+
+
+def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
+    """The cut FFN by ``cut.kernel``: x [n, d] -> [n, d], n at most `MAX_ROWS`."""
+    kernel: Any = cut.kernel
+    widths = level_widths(cut, weights.intermediate_size)
+    levels = cut.plan.levels.tolist()
+    points = [OperatingPoint(widths[level], cut.points[level].importance_min if level else 0.0) for level in levels]
+    whole = cut.plan.n_levels
+    low_rank = cut.compensation is not None and any(
+        level < whole and cut.compensation.low_rank(level, x) is not None for level in set(levels)
+    )
+    hidden = x.new_empty((x.shape[0], weights.intermediate_size), dtype=torch.float32) if low_rank else None
+    y: Tensor
+    y, needed, read = kernel.run(x, points, hidden)
+    cut.record(engine="rust", tokens=x.shape[0], needed=needed, read=read, computed=needed)
+    if cut.compensation is None:
+        return y
+    # Without a low-rank part nothing is read from `h`.
+    return compensated(y, y if hidden is None else hidden.to(y.dtype), cut)
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and dtype in _DTYPES
+    )
+
+
+def _rows_are_runs(matrix: Tensor) -> bool:
+    """Whether each row is one run of memory, and rows do not overlap."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
+def _placed(matrix: Tensor) -> tuple[int, int, int, int]:
+    return matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.stride(0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,71 @@
+"""The large linear maps of a decoder besides its FFNs (attention projections, the head), for a few rows.
+
+In a decode step they are read once per token, like the FFNs. Run by the same kernels, on the same threads, they make a
+step whose time is that of reading what it needs; run beside them by torch, they would be what is left to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.ffn.linears import bias_of, is_readable, original_forward, weight_of
+from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
+
+_LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
+
+Shape = tuple[int, int, torch.dtype]
+
+
+class DecodeLinear:
+    """The forward of one linear map: few rows by the compiled kernel, all else by the module's own.
+
+    Args:
+        module: a plain `nn.Linear` on the CPU.
+        usable: asked at each call of few rows, with shape and rows, whether the kernel may run.
+    """
+
+    def __init__(self, module: nn.Linear, usable: Callable[[Shape, int], bool]) -> None:
+        self.module = module
+        self.usable = usable
+        self.original = original_forward(module)
+        weight = weight_of(module)
+        self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
+        self._kernel: tuple[int, CpuLinear | None] = (0, None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = x.numel() // self.shape[1]
+        if rows <= MAX_ROWS and rows and not args and not kwargs and self.usable(self.shape, rows):
+            y = self.by_kernel(x)
+            if y is not None:
+                return y
+        return self.original(x, *args, **kwargs)
+
+    def by_kernel(self, x: Tensor) -> Tensor | None:
+        """x [..., inputs] of few rows -> [..., outputs]; None where the kernel can't run this call."""
+        weight = weight_of(self.module)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return None
+        if x.dtype != weight.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        address = weight.data_ptr()
+        if self._kernel[0] != address:
+            bias = bias_of(self.module)
+            self._kernel = (address, CpuLinear(weight, bias) if CpuLinear.fits(weight, bias) else None)
+        kernel = self._kernel[1]
+        return None if kernel is None or x.shape[-1] != kernel.inputs else kernel.run(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel": (0, None)}  # a kernel is made of addresses
+
+
+def decode_linears(model: nn.Module, others: set[int], usable: Callable[[Shape, int], bool]) -> Iterator[DecodeLinear]:
+    """The linear maps of a model that kernels can run, without those whose ``id`` is in ``others``."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module) not in others and is_readable(module):
+            weight = weight_of(module)
+            if weight.device.type == "cpu" and weight.numel() >= _LEAST_NUMBERS:
+                yield DecodeLinear(module, usable)
