@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from sedac_hf import adapter_files
 from sedac_hf.configuration import SedacConfig, default_layer_configs
+from sedac_hf.control import controller_class
 from sedac_hf.errors import ConfigError
 from sedac_hf.mirroring import mirrored_members
 from sedac_hf.runtime import SedacRuntime, current_generation
@@ -73,7 +74,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         for module in base_model.modules():
             module._is_hf_initialized = True  # or post_init would draw modules that somebody replaced anew
         self._is_stateful = base_model._is_stateful
-        self._can_compile_fullgraph = False  # the host controller decides inside the forward pass
+        # The law can run inside a graph where the compiled controller is there to say how.
+        capturable = hasattr(controller_class(config.controller), "parameter_block")
+        self._can_compile_fullgraph = capturable and bool(getattr(base_model, "_can_compile_fullgraph", False))
         self.main_input_name = base_model.main_input_name
         if getattr(base_model, "generation_config", None) is not None:
             self.generation_config = base_model.generation_config

@@ -142,7 +142,7 @@ class CapturedExecution(Execution):
                 generation = None
             if shape is None or runtime.forcing is not None or runtime.on_decision is not None:
                 return eager(*args, **kwargs)
-            if generation is not None and _has_prompt(generation.prompt_length, shape[1], kwargs):
+            if generation is not None and generation.prompt_mask(*shape, kwargs) is not None:
                 return eager(*args, **kwargs)
             why = self.prepare()
             if why is not None:
@@ -289,12 +289,3 @@ class _Down(_Untouched):
         h = captured.mask(x.reshape(-1, x.shape[-1]), levels, given, gate)
         y = self.original(h.reshape(x.shape), *args, **kwargs)
         return captured.compensated(y.reshape(-1, y.shape[-1]), h, levels).reshape(y.shape)
-
-
-def _has_prompt(prompt_length: int, sequence: int, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call inside ``generate`` may hold prompt tokens that must run at full width."""
-    if prompt_length == 0:
-        return False
-    mask = kwargs.get("attention_mask")
-    grown = not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] > prompt_length
-    return sequence > 1 or not grown

@@ -24,6 +24,16 @@ class GenerationCall:
     full_width: bool
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
+    past_prompt: bool = False  # a call without prompt tokens was seen: no later one has any
+
+    def prompt_mask(self, batch: int, sequence: int, kwargs: dict[str, Any]) -> np.ndarray | None:
+        """`prompt_mask` of one forward call; asks the cache only until the prompt is over, for that may mean waiting
+        for the device."""
+        if self.past_prompt:
+            return None
+        mask = prompt_mask(batch, sequence, kwargs, self.prompt_length)
+        self.past_prompt = mask is None
+        return mask
 
 
 @dataclass(frozen=True)
