@@ -62,8 +62,13 @@ class CapturedExecution(Execution):
         self._made_for: tuple[Any, ...] | None = None
         self.current = CapturedPass()
 
+    def fresh(self) -> CapturedExecution:
+        """This execution with nothing remembered of earlier eager steps; graphs that know it stay good."""
+        super().__init__(self._runtime)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_runtime": self._runtime}
+        return {"_runtime": self._runtime, "_few": {}, "_cuts": [None] * len(self._cuts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -240,7 +245,8 @@ class _Untouched:
         self.original = original_forward(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.execution.tracing:
+        execution = self.execution  # a decode step comes here some hundred times
+        if not execution.serving or not execution.tracing:
             return self.eager(x, *args, **kwargs)
         return self.traced(x, *args, **kwargs)
 

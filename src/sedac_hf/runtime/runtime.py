@@ -161,7 +161,7 @@ class SedacRuntime:
         """Put hooks on the checkpoint layers and around the forward, and make the FFNs cuttable."""
         if self._attachment is not None:
             return
-        attachment, execution = Attachment(), self.captured
+        attachment, execution = Attachment(), self.captured.fresh()
         kernels = self.weights.uses_kernels and self.policy is not None
         try:
             attachment.around_forward(self.model, execution.begin, execution.end)
