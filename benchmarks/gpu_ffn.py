@@ -56,7 +56,7 @@ class Layer:
         g = torch.Generator("cuda").manual_seed(seed)
 
         def draw(rows: int, columns: int) -> Tensor:
-            return (torch.randn(rows, columns, generator=g, device="cuda") / columns**0.5).to(dtype)
+            return torch.randn(rows, columns, generator=g, device="cuda").div(columns**0.5).to(dtype)
 
         gate, up, down = draw(f, d), draw(f, d), draw(d, f)
         norm = up.float().norm(dim=1) * down.float().norm(dim=0)
