@@ -30,7 +30,7 @@ SOURCES = Path(sedac_hf.ops.__file__).parent
 FILES = ("triton_tiles", "triton_down", "triton_truncate", "triton_select")
 
 # Small tiles, so that small sizes have many of them, ragged ends and idle programs. Order as in `Launch`.
-NARROW = Launch(4, 8, 16, 8, 4, 3, 4, 1, 4, 1)
+NARROW = Launch(4, 8, 16, 16, 4, 3, 4, 1, 4, 1)
 WIDE_STEPS = Launch(4, 4, 32, 16, 16, 2, 4, 1, 4, 1)
 ONE_SPLIT = Launch(2, 16, 16, 16, 8, 1, 4, 1, 4, 1)
 LONG_ROWS = Launch(4, 8, 512, 512, 16, 1, 4, 1, 4, 1)
@@ -296,6 +296,7 @@ BASE = Case((29, 13, 0, 7, 20))
 SELECT = Case((29, 29, 20), (0.5, 0.2, 0.7), layout="columns")
 TRUNCATE_CASES: tuple[Case, ...] = (
     BASE,
+    replace(BASE, gated=False, activation="gelu", layout="conv1d", widths=(29, 9), seed=5),
     replace(BASE, launch=WIDE_STEPS, layout="fused", widths=(3, 17, 29, 29, 1, 0), seed=1),
     replace(BASE, launch=ONE_SPLIT, layout="columns", widths=(2, 21, 5), seed=2),
     replace(BASE, widths=(0, 0, 0)),
@@ -304,7 +305,6 @@ TRUNCATE_CASES: tuple[Case, ...] = (
     replace(BASE, widths=(40, -3, 28), layout="columns"),  # beyond the FFN's units
     replace(BASE, dtype=torch.bfloat16, layout="columns", seed=3),
     replace(BASE, dtype=torch.float16, layout="fused", bias=False, seed=4),
-    replace(BASE, gated=False, activation="gelu", layout="conv1d", widths=(29, 9), seed=5),
     replace(BASE, layout="conv1d", launch=WIDE_STEPS, widths=(9, 2), seed=6),
     replace(BASE, widths=(5, 3, 2, 1), launch=WIDE_STEPS, d=64, f=48, seed=8),
     replace(BASE, widths=(4, 33, 12, 40, 8, 0, 16, 1, 21), d=16, f=40, seed=9),
@@ -316,20 +316,18 @@ TRUNCATE_CASES: tuple[Case, ...] = (
 )
 SELECT_CASES: tuple[Case, ...] = (
     SELECT,
+    replace(SELECT, activation="relu", bias=False, widths=(29, 23), shares=(1.0, 0.4), seed=8),
     replace(SELECT, layout="linear", widths=(29,), shares=(0.3,), seed=1),
-    replace(SELECT, d=130, layout="fused", widths=(29, 24, 29, 9), shares=(0.1, 0.5, 1.0, 0.4), seed=2),
+    replace(
+        SELECT, d=130, layout="fused", widths=(29, 24, 29, 9), shares=(0.1, 0.5, 1.0, 0.4), launch=LONG_ROWS, seed=2
+    ),
     replace(SELECT, widths=(29, 29), shares=(0.0, 0.3), launch=WIDE_STEPS, seed=3),
     replace(SELECT, widths=(0,), shares=(0.5,)),
     replace(SELECT, widths=(50, 29), shares=(1.0, 0.6), launch=ONE_SPLIT, d=64, seed=4),
     replace(SELECT, dtype=torch.bfloat16, seed=5),
     replace(SELECT, dtype=torch.float16, bias=False, layout="linear", seed=6),
     replace(SELECT, gated=False, activation="gelu", layout="conv1d", widths=(29,), shares=(0.6,), seed=7),
-    replace(SELECT, activation="relu", bias=False, widths=(29, 23), shares=(1.0, 0.4), seed=8),
     replace(SELECT, d=1100, f=10, widths=(10, 7), shares=(0.5, 0.5), launch=LONG_ROWS, seed=9),  # steps of the shadow
-    *(
-        replace(SELECT, activation=name, widths=(25,), shares=(0.4,), gated=i % 2 == 1, seed=i)
-        for i, name in enumerate(KNOWN)
-    ),
     replace(SELECT, widths=(31, 64), shares=(0.5, 0.3), d=96, f=64, launch=None, dtype=torch.bfloat16),
 )
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 MOST_SELECTING_ROWS = 4
 """Above it the union of what the rows choose is most of the units, and choosing saves nothing."""
 
-_WANTED_PROGRAMS = 512
-"""Programs of the down projection that fill a GPU of some 130 multiprocessors a few times over."""
+_WANTED_WARPS = 2048
+"""Warps of the down projection that keep a GPU of some 130 multiprocessors busy, shared memory allowing."""
 _MOST_SPLITS = 16
 
 
@@ -73,7 +73,7 @@ def _fitted(launch: Launch, tokens: int, outputs: int, intermediate_size: int, e
     tiles = _tiles(outputs, launch.outputs) * _tiles(tokens, launch.tokens)
     most = min(_MOST_SPLITS, _tiles(intermediate_size, launch.down_units))
     splits = 1
-    while splits * 2 <= most and splits * tiles < _WANTED_PROGRAMS:
+    while splits * 2 <= most and splits * tiles * launch.down_warps < _WANTED_WARPS:
         splits *= 2
     return launch._replace(splits=splits)
 
