@@ -21,8 +21,9 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
 CACHE_BYTES = 1 << 29  # weights of all layers together: several times the cache of any GPU
 LARGEST_ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+
+SELECT_ERROR = 2e-2  # a unit within rounding of its cut point may fall on either side
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Layer:
         g = torch.Generator("cuda").manual_seed(seed)
 
         def draw(rows: int, columns: int) -> Tensor:
-            return (torch.randn(rows, columns, generator=g, device="cuda") / columns**0.5).to(dtype)
+            return torch.randn(rows, columns, generator=g, device="cuda").div(columns**0.5).to(dtype)
 
         gate, up, down = draw(f, d), draw(f, d), draw(d, f)
         norm = up.float().norm(dim=1) * down.float().norm(dim=0)
@@ -66,7 +69,10 @@ class Layer:
     def dense(self, x: Tensor) -> Tensor:
         w = self.weights
         assert w.gate is not None
-        return functional.linear(functional.silu(functional.linear(x, w.gate)) * functional.linear(x, w.up), w.down)
+        y: Tensor = functional.linear(
+            functional.silu(functional.linear(x, w.gate)) * functional.linear(x, w.up), w.down
+        )
+        return y
 
     def truncated(self, x: Tensor, widths: Tensor) -> Tensor:
         w = self.weights
@@ -126,11 +132,9 @@ def ways(layers: list[Layer], rows: int, shares: list[float]) -> list[Way]:
     truncate = Captured(lambda: [layer.truncated(x, widths) for layer in layers])
     for share in shares:
         width = round(share * f / 64) * 64
-        way = Way("truncate", share, truncate, lambda width=width: widths.fill_(width), width / f)  # type: ignore[misc]
-        way.prepare()
-        truncate.graph.replay()
-        used = torch.arange(f, device="cuda").expand(rows, f) < width
-        check(way, layers, x, [used] * len(layers))
+        way = Way("truncate", share, truncate, partial(fill, [widths], [float(width)]), width / f)
+        below = torch.arange(f, device="cuda").expand(rows, f) < width
+        check(way, layers, x, [below] * len(layers))
         found.append(way)
     if rows > MOST_SELECTING_ROWS:
         return found
@@ -143,28 +147,31 @@ def ways(layers: list[Layer], rows: int, shares: list[float]) -> list[Way]:
         cut_points = [torch.quantile(importances, 1 - share, dim=1) for importances in worth]
         used = [importances >= low[:, None] for importances, low in zip(worth, cut_points, strict=True)]
         union = statistics.mean(float(chosen.any(0).float().mean()) for chosen in used)
-
-        def prepare(cut_points: list[Tensor] = cut_points) -> None:
-            for low, value in zip(least, cut_points, strict=True):
-                low.copy_(value)
-
-        way = Way("select", share, select, prepare, union + layers[0].shadow.bytes / dense_bytes)
-        way.prepare()
-        select.graph.replay()
+        needs = union + layers[0].shadow.bytes / dense_bytes
+        way = Way("select", share, select, partial(fill, least, cut_points), needs)
         check(way, layers, x, used)
         found.append(way)
     return found
 
 
+def fill(inputs: list[Tensor], values: Sequence[Tensor | float]) -> None:
+    """New values for a graph's inputs."""
+    for tensor, value in zip(inputs, values, strict=True):
+        tensor.copy_(torch.as_tensor(value))
+
+
 def check(way: Way, layers: list[Layer], x: Tensor, used: list[Tensor]) -> None:
-    """Stops where a result is not the masked one. A unit within rounding of its cut point may fall on either side."""
+    """Stops where a result is not the masked one."""
+    way.prepare()
+    way.graph.graph.replay()
+    largest = LARGEST_ERROR[x.dtype] if way.name == "truncate" else SELECT_ERROR
     for layer, y, chosen in zip(layers, way.graph.outputs, used, strict=True):
         w = layer.weights
         assert w.gate is not None
         h = functional.silu(x.double() @ w.gate.double().T) * (x.double() @ w.up.double().T) * chosen
         wanted = h @ w.down.double().T
         error = float((y.double() - wanted).norm() / wanted.norm())
-        if not error <= LARGEST_ERROR[x.dtype]:
+        if not error <= largest:
             sys.exit(f"{way.name} at share {way.share} is wrong: relative error {error:.1e} against float64")
 
 

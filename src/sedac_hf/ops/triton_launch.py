@@ -13,8 +13,8 @@ from typing import NamedTuple
 MOST_SELECTING_ROWS = 4
 """Above it the union of what the rows choose is most of the units, and choosing saves nothing."""
 
-_WANTED_PROGRAMS = 512
-"""Programs of the down projection that fill a GPU of some 130 multiprocessors a few times over."""
+_WANTED_WARPS = 2048
+"""Warps of the down projection that keep a GPU of some 130 multiprocessors busy, shared memory allowing."""
 _MOST_SPLITS = 16
 
 
@@ -43,15 +43,15 @@ def options(warps: int, stages: int) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-# (most tokens of the call, launch for 2-byte weights); splits are filled in by shape. All unmeasured.
+# (most tokens of the call, launch for 2-byte weights); splits are filled in by shape.
 _TRUNCATE: tuple[tuple[int | None, Launch], ...] = (
-    (16, Launch(16, 32, 128, 64, 64, 0, 4, 4, 4, 4)),
-    (32, Launch(32, 32, 128, 64, 64, 0, 4, 4, 4, 4)),
-    (64, Launch(64, 64, 64, 64, 64, 0, 4, 3, 4, 4)),
-    (None, Launch(128, 64, 64, 128, 64, 0, 8, 3, 8, 3)),
+    (16, Launch(16, 32, 128, 64, 64, 0, 4, 4, 4, 4)),  # unmeasured
+    (32, Launch(32, 32, 128, 64, 64, 0, 4, 4, 4, 4)),  # unmeasured
+    (64, Launch(64, 64, 64, 64, 64, 0, 4, 3, 4, 4)),  # unmeasured
+    (None, Launch(128, 64, 64, 128, 64, 0, 8, 3, 8, 3)),  # unmeasured
 )
-# Few units to a program: what they choose differs, and many small programs even that out. Unmeasured.
-_SELECT = Launch(16, 16, 128, 128, 32, 0, 4, 3, 4, 3)
+# Few units to a program: what they choose differs, and many small programs even that out.
+_SELECT = Launch(16, 16, 128, 128, 32, 0, 4, 3, 4, 3)  # unmeasured
 
 
 def truncate_launch(tokens: int, outputs: int, intermediate_size: int, element_size: int) -> Launch:
@@ -73,7 +73,7 @@ def _fitted(launch: Launch, tokens: int, outputs: int, intermediate_size: int, e
     tiles = _tiles(outputs, launch.outputs) * _tiles(tokens, launch.tokens)
     most = min(_MOST_SPLITS, _tiles(intermediate_size, launch.down_units))
     splits = 1
-    while splits * 2 <= most and splits * tiles < _WANTED_PROGRAMS:
+    while splits * 2 <= most and splits * tiles * launch.down_warps < _WANTED_WARPS:
         splits *= 2
     return launch._replace(splits=splits)
 

@@ -102,11 +102,12 @@ def shadow_product(CODES, SCALES, X_CODES, X_GROUP_SUMS, X_SCALES, unit, read, r
 @triton.jit(do_not_specialize=NUMBER_OF_TOKENS)
 def selected_hidden(
     X, GATE, UP, GATE_BIAS, UP_BIAS, WIDTHS, LEAST, CODES, SCALES, DECIDING_BIAS, UNIT_NORM, X_CODES, X_GROUP_SUMS,
-    X_SCALES, H, ALIVE, n, d, f, groups, x_token, gate_unit, gate_input, up_unit, up_input, h_token,
+    X_SCALES, H, ALIVE, COUNTS, n, d, f, groups, x_token, gate_unit, gate_input, up_unit, up_input, h_token,
     ACTIVATION: tl.constexpr, UNITS_ADJACENT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     UNITS: tl.constexpr, INPUTS: tl.constexpr, DOWN_UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Program (unit tile); ROWS >= n rows in one tile of tokens. ALIVE int8 [f]: units that are not 0 for all rows."""
+    """Program (unit tile); ROWS >= n rows in one tile of tokens. ALIVE int8 [f]: units that are not 0 for all rows.
+    COUNTS int32 [2] or None: gains the units used, summed over rows, and the units that some row uses."""
     token = tl.arange(0, TOKENS)
     row = tl.arange(0, ROWS)
     first = tl.program_id(0) * UNITS
@@ -124,7 +125,11 @@ def selected_hidden(
         own = row[:, None, None] == token[None, None, :]
         chosen = tl.max(tl.where(own & (cut[:, :, None] == 0), 1, 0), 0)
         used = (chosen != 0) & (unit[:, None] < widths[None, :])
-        read = (unit < f) if UNITS_ADJACENT else (tl.max(used.to(tl.int32), 1) != 0)
+        wanted = tl.max(used.to(tl.int32), 1)
+        if COUNTS is not None:
+            tl.atomic_add(COUNTS, tl.sum(tl.sum(used.to(tl.int32), 1), 0))  # whole numbers: any order gives the same
+            tl.atomic_add(COUNTS + 1, tl.sum(wanted, 0))
+        read = (unit < f) if UNITS_ADJACENT else (wanted != 0)
         h = hidden_tile(
             X, GATE, UP, GATE_BIAS, UP_BIAS, H, used, read, unit, token, n, d, f,
             x_token, gate_unit, gate_input, up_unit, up_input, h_token, ACTIVATION, INPUTS,
@@ -148,10 +153,13 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def selected(
     x: Tensor, widths: Tensor, importance_min: Tensor, shadow: ShadowTables, weights: FFNWeights, activation: str,
-    launch: Launch | None = None,
+    launch: Launch | None = None, *, hidden: Tensor | None = None, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [n, d] -> [n, outputs] in x's dtype, n up to `MOST_SELECTING_ROWS`; widths int32 [n] and importance_min
     float32 [n] on x's device; ``activation`` names the weights' one.
+
+    hidden: zeros [n, f] in x's dtype, receives the values of the units in use; counts: zeros int32 [2], receives the
+    units used, summed over rows, and the units that some row uses.
 
     Raises:
         ConfigError: more rows, or a shadow that is not in this layout.
@@ -172,12 +180,12 @@ def selected(
     gate_strides = (0, 0) if gate is None else gate.stride()
     with torch.cuda.device_of(x):
         x_codes, x_sums, x_scales = rounded(x)
-        h = x.new_empty(n, f)
+        h = x.new_empty(n, f) if hidden is None else hidden
         alive = x.new_empty(f, dtype=torch.int8)
         selected_hidden[(triton.cdiv(f, launch.units),)](
             x, gate, up, weights.gate_bias, weights.up_bias, widths, importance_min, shadow.codes.view(torch.int32),
             shadow.scales, shadow.bias, shadow.unit_norm, x_codes.view(torch.int32), x_sums, x_scales, h, alive,
-            n, d, f, groups, x.stride(0), *gate_strides, *up.stride(), h.stride(0),
+            counts, n, d, f, groups, x.stride(0), *gate_strides, *up.stride(), h.stride(0),
             ACTIVATION=activation, UNITS_ADJACENT=up.stride(1) != 1, ROWS=triton.next_power_of_2(n),
             TOKENS=launch.tokens, UNITS=launch.units, INPUTS=launch.inputs, DOWN_UNITS=launch.down_units,
             **options(launch.hidden_warps, launch.hidden_stages),
