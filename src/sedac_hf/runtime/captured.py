@@ -83,14 +83,13 @@ class CapturedExecution(Execution):
     def prepare(self) -> str | None:
         """Make sure that the law and the tables are on the device; None, or why this runtime cannot be captured."""
         runtime = self._runtime
-        policy = runtime.policy
-        why = self._obstacle()
-        if why is not None or policy is None:
-            return why
-        weight = weight_of(runtime.sites[0].down)
-        made_for = (policy, runtime.controller, runtime.adaptive_thresholds, weight.device, weight.dtype)
-        if self._made_for is None or any(a is not b and a != b for a, b in zip(made_for, self._made_for, strict=True)):
-            self._build(weight.device)
+        weight = runtime.sites[0].down.weight
+        made_for = (id(runtime.policy), runtime.adaptive_thresholds, weight.device, weight.dtype)
+        if made_for != self._made_for:
+            why = self._obstacle()
+            if why is not None:
+                return why
+            self._build(weight_of(runtime.sites[0].down).device)
             self._made_for = made_for
         self.law.upload()
         return None

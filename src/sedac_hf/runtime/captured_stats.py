@@ -19,8 +19,9 @@ class CapturedTotals:
     """Adds to the runtime's tally what graphs decided.
 
     Which units a token chose by importance stays on the device: where a level selects, the level's share, which
-    calibration made it use on average, stands for the units needed. Reads are counted as the kernels do them: on CUDA
-    up to the widest token of a step, elsewhere the whole FFN.
+    calibration made it use on average, stands for the units needed (in front of the first checkpoint, where levels say
+    nothing, the whole FFN). Reads are counted as the kernels do them: on CUDA up to the widest token of a step,
+    elsewhere the whole FFN.
     """
 
     def __init__(self, runtime: SedacRuntime, selects: list[bool], device: torch.device) -> None:
@@ -92,4 +93,6 @@ class CapturedTotals:
         point, units = policy.schedule.points[i][level], self._runtime.sites[i].intermediate_size
         if level == 0:
             return 0.0
-        return level / policy.n_levels if point.importance_min > 0 else min(point.width, units) / units
+        if point.importance_min > 0:
+            return 1.0 if self._runtime.segments[i] < 0 else level / policy.n_levels
+        return min(point.width, units) / units
