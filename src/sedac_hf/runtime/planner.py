@@ -52,7 +52,7 @@ class GenerationPlanner:
         if consistent:
             return True, "asked for"
         weight = weight_of(runtime.sites[-1].down)
-        key = (id(runtime.policy), rows, weight.device, weight.dtype, kernel_threads())
+        key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
             self._known[key] = self._compare_widths(rows)
         return self._known[key]
