@@ -33,8 +33,19 @@ SHARED_MEMORY = 99 * 1024  # bytes that every GPU since 2020 gives to a program
 
 def test_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/triton_interpreted.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/triton_interpreted.py",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "does not run with" in done.stdout:
+        pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
