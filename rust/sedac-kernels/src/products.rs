@@ -107,7 +107,12 @@ pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, cons
     assert!(sums.iter().all(|sum| sum.len() == length));
     let whole = length / S::LANES * S::LANES;
     let rows = rows.map(|row| &row[..length]);
-    let splats = factors.map(|factors| factors.map(|factor| simd.splat(factor)));
+    let mut splats = [[simd.splat(0.0); N]; R];
+    for r in 0..R {
+        for n in 0..N {
+            splats[r][n] = simd.splat(factors[r][n]);
+        }
+    }
     let mut k = 0;
     while k < whole {
         if k % line::<T>() == 0 {
@@ -117,7 +122,10 @@ pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, cons
         }
         // SAFETY: k + LANES <= whole <= length, which every slice has.
         unsafe {
-            let loaded = rows.map(|row| T::load(simd, row, k));
+            let mut loaded = [simd.splat(0.0); R];
+            for r in 0..R {
+                loaded[r] = T::load(simd, rows[r], k);
+            }
             for (n, sum) in sums.iter_mut().enumerate() {
                 let mut total = simd.load(sum, k);
                 for r in 0..R {
