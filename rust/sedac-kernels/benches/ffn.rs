@@ -17,7 +17,7 @@ fn values<T: Element>(n: usize, from: usize) -> Vec<T> {
     (from..from + n).map(|i| T::from_f32((i as f32 * 0.618_034).fract() - 0.5)).collect()
 }
 
-fn bench<T: Element>(c: &mut Criterion, dtype: &str) {
+fn bench<T: Element>(criterion: &mut Criterion, dtype: &str) {
     let (f, d) = (UNITS, HIDDEN_SIZE);
     let weights: Vec<_> = (0..3).map(|i| values::<T>(f * d, i)).collect();
     let [gate, up, down] = [0, 1, 2].map(|i| Matrix::contiguous(&weights[i], f, d).expect("fits"));
@@ -52,7 +52,7 @@ fn bench<T: Element>(c: &mut Criterion, dtype: &str) {
 
     let isas = Isa::available();
     for isa in [isas[0], isas[isas.len() - 1]] {
-        let mut group = c.benchmark_group(format!("ffn/{dtype}/{}", isa.name()));
+        let mut group = criterion.benchmark_group(format!("ffn/{dtype}/{}", isa.name()));
         for (name, point) in [("all", whole), ("quarter", quarter)] {
             let of_shadow = if point.importance_min > 0.0 { codes.len() + 2 * scales.len() } else { 0 };
             let bytes = run(isa, point).read * 3 * d * size_of::<T>() + of_shadow;

@@ -56,7 +56,7 @@ pub(crate) fn dots_wide<S: Simd, T: Element, const R: usize, const N: usize, con
 ) -> [[f32; N]; R] {
     let length = inputs[0].len();
     let step = 2 * S::LANES;
-    const { assert!(STEP % (2 * S::LANES) == 0) };
+    const { assert!(STEP.is_multiple_of(2 * S::LANES)) };
     let whole = length / step * step;
     let rows = rows.map(|row| &row[..length]);
     let inputs = inputs.map(|x| &x[..length]);

@@ -6,10 +6,13 @@
 
 use sedac_kernels::Activation;
 
-use crate::case::{Case, Float};
+use crate::{
+    case::Case,
+    numbers::{Float, Strided},
+};
 
 /// Relative error of one `f32` rounding.
-pub(crate) const ROUNDING: f64 = 1.0 / (1 << 24) as f64;
+const ROUNDING: f64 = 1.0 / (1 << 24) as f64;
 const SPARE: usize = 8;
 /// Products of subnormal numbers may be lost: some instructions take them for 0.
 const LOST: f64 = 1e-36;
@@ -145,7 +148,7 @@ pub(crate) fn expected<T: Float>(case: &Case<T>, n: usize) -> Expected {
     }
     uses.iter_mut().skip(point.width).for_each(|used| *used = Use::No);
     let x = &case.x[n * d..(n + 1) * d];
-    let product = |weight: &crate::case::Strided<T>, bias: &Option<Vec<T>>, unit: usize| {
+    let product = |weight: &Strided<T>, bias: &Option<Vec<T>>, unit: usize| {
         let z = sum(x.iter().enumerate().map(|(i, x)| weight.at(unit, i) * x.exact()));
         add(z, bias.as_ref().map_or(0.0, |bias| bias[unit].exact()))
     };

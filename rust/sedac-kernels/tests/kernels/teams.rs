@@ -7,7 +7,7 @@ use std::sync::{
 
 use sedac_kernels::{OwnThreads, Serial, Team};
 
-use crate::case::Random;
+use crate::numbers::Random;
 
 /// The last task first.
 pub(crate) struct Backwards(pub(crate) usize);
