@@ -1,0 +1,228 @@
+"""What an FFN's products cost on this machine: a table of seconds over tokens and units, measured at first use.
+
+The strip engine asks it where to cut (`sedac_hf.ops.strip_plan`), and whoever chooses between engines can ask what the
+whole FFN would cost at n tokens. One table serves a device, a dtype, a hidden size, a number of matrices and a number
+of threads; it is made when a batch of mixed widths first meets such an FFN, on the FFN's own weights (no copy), in
+about a second at most, and kept for the life of the process. ``SEDAC_MEASURE_COSTS=0`` leaves out the measuring, as
+does whatever goes wrong in it; stated rates then take its place, as they do in the products that would take too long.
+
+Only the speed depends on any of this: cuts differ in rounding alone. The rates give the cuts wherever the measured
+table does not say that others are clearly better, so two processes on one machine normally cut alike; without
+measuring they always do. Times are of weights that the caches may hold, which is right for choosing between ways to
+read the same weights; they flatter small token counts of an FFN that is smaller than the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sedac_hf.configuration import environment_measure_costs
+from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.strip_plan import PlannerClass, StripPlanner
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["hidden", "down", "whole"]
+
+TOKENS = (1, 4, 16, 64, 256, 1024)
+UNITS = (1, 16, 64, 256, 1024, 4096)
+REPEATS = 3  # the best counts: whatever else runs on the machine only adds
+LONGEST_S = 0.01  # a product that would take longer is reckoned from a smaller one, which is as good as measured there
+BUDGET_S = 1.0  # per table; what is left by then is reckoned as well
+
+
+class CostModel(NamedTuple):
+    """Rates that stand in where nothing was measured.
+
+    bytes_per_s: reading weights; flops_per_s: products of float32 (of less precise types in proportion to their size);
+    per_strip_s: launches and calls of one strip; act_bytes_per_s: reading and writing activations.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    per_strip_s: float
+    act_bytes_per_s: float
+
+
+# Two desktop or server cores; one current data-centre GPU, whose float32 products run at a quarter of its bfloat16.
+CPU_COSTS = CostModel(15e9, 150e9, 30e-6, 10e9)
+GPU_COSTS = CostModel(3e12, 200e12, 20e-6, 2e12)
+
+
+class CostKey(NamedTuple):
+    """What a table holds for; matrices: 3 with a gate, 2 without; threads: torch's on a CPU, else 0."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    matrices: int
+    threads: int
+
+
+class Times(NamedTuple):
+    """Seconds [len(TOKENS), len(UNITS)] of ``act(gate x) * up x`` and of down."""
+
+    hidden: NDArray[np.float64]
+    down: NDArray[np.float64]
+
+    def of(self, part: Part) -> NDArray[np.float64]:
+        return self.hidden + self.down if part == "whole" else self.hidden if part == "hidden" else self.down
+
+
+@dataclass
+class CostTable:
+    """The times of one kind of FFN; ``measured`` is None where the rates stand alone."""
+
+    key: CostKey
+    prior: Times
+    measured: Times | None
+    _planners: dict[tuple[Part, PlannerClass], StripPlanner] = field(default_factory=dict)
+
+    def planner(self, part: Part, planner_class: PlannerClass) -> StripPlanner:
+        """The planner over a part's times, made once; it also answers ``seconds(tokens, units)``.
+
+        ``planner("whole", ...).seconds(n, intermediate_size)`` is what the whole FFN would cost at n tokens.
+        """
+        made = self._planners.get((part, planner_class))
+        if made is None:
+            tokens, units = np.array(TOKENS, np.float64), np.array(UNITS, np.float64)
+            measured = None if self.measured is None else self.measured.of(part)
+            made = self._planners[part, planner_class] = planner_class(tokens, units, self.prior.of(part), measured)
+        return made
+
+
+_tables: dict[tuple[CostKey, bool], CostTable] = {}
+_lock = threading.Lock()  # one measuring at a time: two would time each other
+
+
+def cost_table(weights: FFNWeights) -> CostTable:
+    """The table for this FFN, made at its first use.
+
+    Raises:
+        ConfigError: ``SEDAC_MEASURE_COSTS`` is neither a yes nor a no.
+    """
+    up = weights.up
+    key = CostKey(
+        device=up.device,
+        dtype=up.dtype,
+        hidden_size=weights.hidden_size,
+        matrices=2 if weights.gate is None else 3,
+        threads=torch.get_num_threads() if up.device.type == "cpu" else 0,
+    )
+    wanted = environment_measure_costs()
+    table = _tables.get((key, wanted))
+    if table is None:
+        with _lock:
+            table = _tables.get((key, wanted))
+            if table is None:
+                table = _tables[key, wanted] = CostTable(
+                    key, _stated(key), _measured(key, weights) if wanted else None
+                )
+    return table
+
+
+def known_tables() -> tuple[CostTable, ...]:
+    """The tables of this process so far."""
+    return tuple(_tables.values())
+
+
+def forget_tables() -> None:
+    """Measure anew at the next use, for a process whose machine has changed under it."""
+    _tables.clear()
+
+
+def _stated(key: CostKey) -> Times:
+    """The times by the rates."""
+    rates = CPU_COSTS if key.device.type == "cpu" else GPU_COSTS
+    size, d = key.dtype.itemsize, key.hidden_size
+    flops_per_s = rates.flops_per_s * 4 / size
+    n, u = np.array(TOKENS, np.float64)[:, None], np.array(UNITS, np.float64)[None, :]
+
+    def product(matrices: int, activations: NDArray[np.float64]) -> NDArray[np.float64]:
+        weights = np.maximum(matrices * d * u * size / rates.bytes_per_s, 2 * matrices * d * u * n / flops_per_s)
+        return np.asarray(weights + activations * size / rates.act_bytes_per_s + rates.per_strip_s / 2)
+
+    return Times(product(key.matrices - 1, key.matrices * n * u), product(1, 2 * n * d + 0 * u))
+
+
+def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
+    """The times on these weights; None, and why in the log, where they cannot be had."""
+    if key.device.type not in ("cpu", "cuda"):
+        return None
+    start = time.perf_counter()
+    try:
+        with torch.no_grad():
+            times = _measure(weights, start + BUDGET_S)
+    except Exception as error:  # out of memory, an exotic weight: the rates do
+        logger.warning("the costs of an FFN could not be measured, so stated rates are used: %s", error)
+        return None
+    spent = time.perf_counter() - start
+    logger.info(
+        "measured what FFNs of hidden size %d (%s, %s, %d threads) cost, in %.2f s",
+        *(key.hidden_size, key.dtype, key.device, key.threads, spent),
+    )
+    return times
+
+
+def _measure(weights: FFNWeights, deadline: float) -> Times:
+    device, dtype = weights.up.device, weights.up.dtype
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    x = torch.randn(TOKENS[-1], weights.hidden_size, generator=generator).to(device, dtype)
+    y = torch.zeros_like(x)
+    adds_up = accumulates(dtype)
+    hidden, down = (np.zeros((len(TOKENS), len(UNITS))) for _ in range(2))
+    for i, n in enumerate(TOKENS):
+        for j, u in enumerate(UNITS):
+            hidden[i, j], down[i, j] = expected = _expected(hidden, i, j), _expected(down, i, j)
+            if u > weights.intermediate_size or max(expected) > LONGEST_S or time.perf_counter() > deadline:
+                continue
+            rows, sums, columns = x[:n], y[:n], weights.down[:, :u].T
+            hidden[i, j] = _seconds(partial(weights.hidden, rows, 0, u), device)
+            h = weights.hidden(rows, 0, u)
+            product = partial(sums.addmm_, h, columns) if adds_up else partial(torch.mm, h, columns, out=sums)
+            down[i, j] = _seconds(product, device)
+    return Times(_monotone(hidden), _monotone(down))
+
+
+def accumulates(dtype: torch.dtype) -> bool:
+    """Whether partial sums may be added up in this dtype, or a product must be rounded once, at its end."""
+    return dtype not in (torch.bfloat16, torch.float16)
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return max(min(once() for _ in range(REPEATS)), 1e-9)
+
+
+def _expected(times: NDArray[np.float64], i: int, j: int) -> float:
+    """The time of a cell in proportion to the one beside or above it; 0 for the first."""
+    if j > 0:
+        return float(times[i, j - 1]) * UNITS[j] / UNITS[j - 1]
+    return float(times[i - 1, j]) * TOKENS[i] / TOKENS[i - 1] if i > 0 else 0.0
+
+
+def _monotone(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Never less for more tokens or more units."""
+    if not bool((times > 0).all()):
+        raise RuntimeError("no product of this FFN could be timed")
+    return np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
