@@ -54,19 +54,15 @@ class FFNWeights:
     def intermediate_size(self) -> int:
         return self.up.shape[0]
 
-    def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``.
-
-        ``out`` [n, hi - lo], of any strides, is filled and returned where it is given; not under autograd.
-        """
+    def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
+        """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``."""
         hi = self.intermediate_size if hi is None else hi
         rows = slice(lo, hi)
         up = torch.nn.functional.linear(x, self.up[rows], None if self.up_bias is None else self.up_bias[rows])
         if self.gate is None:
-            h = self.activation(up)
-            return h if out is None else out.copy_(h)
+            return self.activation(up)
         gate = torch.nn.functional.linear(x, self.gate[rows], None if self.gate_bias is None else self.gate_bias[rows])
-        return torch.mul(self.activation(gate), up, out=out)
+        return self.activation(gate) * up
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sedac_hf.configuration import environment_measure_costs
+from sedac_hf.ops.columns import fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.strip_plan import PlannerClass, StripPlanner
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["hidden", "down", "whole"]
+Product = Callable[[int, int], object]  # (tokens, units)
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
 UNITS = (1, 16, 64, 256, 1024, 4096)
@@ -176,31 +178,54 @@ def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
 
 
 def _measure(weights: FFNWeights, deadline: float) -> Times:
-    device, dtype = weights.up.device, weights.up.dtype
-    generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
-    x = torch.randn(TOKENS[-1], weights.hidden_size, generator=generator).to(device, dtype)
-    y = torch.zeros_like(x)
-    adds_up = accumulates(dtype)
+    device = weights.up.device
+    products = _by_rows(weights) if accumulates(weights.up.dtype) else _by_columns(weights)
     hidden, down = (np.zeros((len(TOKENS), len(UNITS))) for _ in range(2))
     for i, n in enumerate(TOKENS):
         for j, u in enumerate(UNITS):
             hidden[i, j], down[i, j] = expected = _expected(hidden, i, j), _expected(down, i, j)
             if u > weights.intermediate_size or max(expected) > LONGEST_S or time.perf_counter() > deadline:
                 continue
-            rows, sums, columns = x[:n], y[:n], weights.down[:, :u].T
-            hidden[i, j] = _seconds(partial(weights.hidden, rows, 0, u), device)
-            h = weights.hidden(rows, 0, u)
-            product = partial(sums.addmm_, h, columns) if adds_up else partial(torch.mm, h, columns, out=sums)
-            down[i, j] = _seconds(product, device)
+            hidden[i, j], down[i, j] = (_seconds(partial(product, n, u), device) for product in products)
     return Times(_monotone(hidden), _monotone(down))
 
 
 def accumulates(dtype: torch.dtype) -> bool:
-    """Whether partial sums may be added up in this dtype, or a product must be rounded once, at its end."""
+    """Whether down's partial sums may be added up in this dtype, so that down too runs in strips of units."""
     return dtype not in (torch.bfloat16, torch.float16)
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def _by_rows(weights: FFNWeights) -> tuple[Product, Product]:
+    """What the strip engine does for n tokens and u units where `accumulates`: hidden units, then down."""
+    x, y, h = _operands(weights)
+
+    def down(n: int, u: int) -> None:
+        y[:n].addmm_(h[: n * u].view(n, u), weights.down[:, :u].T)
+
+    return lambda n, u: weights.hidden(x[:n], 0, u), down
+
+
+def _by_columns(weights: FFNWeights) -> tuple[Product, Product]:
+    """The same where it does not."""
+    x, y, h = _operands(weights)
+
+    def units(n: int, u: int) -> Tensor:
+        return h[: n * u].view(u, n)
+
+    return (
+        lambda n, u: fill_units(units(n, u), x[:n], weights, 0, u),
+        lambda n, u: fill_outputs(y.T[:, :n], units(n, u), weights),
+    )
+
+
+def _operands(weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """x and y [tokens, d], and room for hidden units; the caller's random numbers stay as they are."""
+    noise = torch.randn(TOKENS[-1], weights.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = noise.to(weights.up.device, weights.up.dtype)
+    return x, torch.zeros_like(x), x.new_zeros(TOKENS[-1] * min(UNITS[-1], weights.intermediate_size))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     def once() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -222,7 +247,10 @@ def _expected(times: NDArray[np.float64], i: int, j: int) -> float:
 
 
 def _monotone(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Never less for more tokens or more units."""
+    """Never less for more tokens or more units: between the least such table above these times and the largest below,
+    so that one time that came out too long or too short moves few others."""
     if not bool((times > 0).all()):
         raise RuntimeError("no product of this FFN could be timed")
-    return np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
+    above = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
+    below = np.minimum.accumulate(np.minimum.accumulate(times[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
+    return np.asarray(np.sqrt(above * below))

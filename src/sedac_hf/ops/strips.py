@@ -7,9 +7,10 @@ choice of cuts: where to cut is a question of cost alone (`sedac_hf.ops.costs`).
 reading the weights costs more than the products) it gives one strip, which is the masked product.
 
 float32 and float64: all three matrices run in strips, and down's partial sums are added up in place. bfloat16 and
-float16: gate and up run in strips, down in row groups, each token's output being one product, accumulated inside it in
-float32 and rounded once (torch has no product of low-precision matrices into float32 on a CPU). Where gradients are
-wanted, or weights are no plain tensors, down's strips are rounded to the weights' dtype and added up in float32.
+float16: gate and up run in strips, down in row groups, one column per token (`sedac_hf.ops.columns`): a token's output
+is one product, accumulated inside it in float32 and rounded once. Strips of down would each be rounded, since torch has
+no product of low-precision matrices into float32 on a CPU. Where gradients are wanted, or weights are no plain tensors,
+down's strips are rounded to the weights' dtype and added up in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sedac_hf.ops.columns import TILE, fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.costs import accumulates, cost_table
 from sedac_hf.ops.reference import bounded_reference_ffn
@@ -104,10 +106,21 @@ def _pave(weights: FFNWeights, cut: SiteCut, runs: tuple[Run, ...], *, in_groups
     def make() -> Paving:
         ends = [(run.width, run.hi) for run in runs]
         strips = table.planner("hidden" if in_groups else "whole", planner_class).strips(ends)
-        groups = table.planner("down", planner_class).groups(ends) if in_groups else ()
+        groups = table.planner("down", planner_class).groups(_tiled(ends)) if in_groups else ()
         return Paving(runs, tuple(Strip(*strip) for strip in strips), tuple(RowGroup(*group) for group in groups))
 
     return cut.plan.remember((id(table), in_groups, runs), make)
+
+
+def _tiled(ends: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ends with rows rounded up to whole tiles: a kernel computes the rest of its last tile anyway."""
+    last = max((row for width, row in ends if width > 0), default=0)
+    tiled: list[tuple[int, int]] = []
+    for width, row in ends:
+        row = min(-(-row // TILE) * TILE, last)
+        if width > 0 and (not tiled or row > tiled[-1][1]):  # else the wider run before it has these rows too
+            tiled.append((width, row))
+    return tiled
 
 
 def _computed(weights: FFNWeights, paving: Paving) -> int:
@@ -139,23 +152,20 @@ def _in_strips(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) 
 
 def _in_groups(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:
     """Gate and up by strips, down by row groups; as `_in_strips`."""
-    units = rows.new_empty(paving.rows, paving.strips[-1].hi)
-    for strip in paving.strips:
-        weights.hidden(rows[: strip.tokens], strip.lo, strip.hi, out=units[: strip.tokens, strip.lo : strip.hi])
-    for group in paving.groups:
+    units = rows.new_empty(paving.strips[-1].hi, paving.rows)
+    for lo, hi, tokens, _ in paving.strips:
+        fill_units(units[lo:hi, :tokens], rows[:tokens], weights, lo, hi)
+    columns = rows.new_empty(weights.down.shape[0], rows.shape[0])
+    for first, last, width in paving.groups:
         for run in paving.runs:
-            if group.lo <= run.lo < group.hi and run.width < group.width:
-                units[run.lo : run.hi, run.width : group.width] = 0
-    y = rows.new_empty(rows.shape[0], weights.down.shape[0])
+            lo, hi = max(run.lo, first), min(run.hi, last)
+            if lo < hi and run.width < width:
+                units[run.width : width, lo:hi] = 0
+        fill_outputs(columns[:, first:last], units[:width, first:last], weights)
+    y = columns.T.contiguous()
     y[paving.rows :] = 0 if weights.down_bias is None else weights.down_bias
-    for group in paving.groups:
-        h, columns = units[group.lo : group.hi, : group.width], weights.down[:, : group.width].T
-        if weights.down_bias is None:
-            torch.mm(h, columns, out=y[group.lo : group.hi])
-        else:
-            torch.addmm(weights.down_bias, h, columns, out=y[group.lo : group.hi])
     maps = _LowRankMaps(cut, y)
-    maps.gather(units, 0, paving.strips[-1].hi)
+    maps.gather(units.T, 0, paving.strips[-1].hi)
     return maps.add_to(y)
 
 
