@@ -16,6 +16,8 @@ from sedac_hf.ops import OperatingPoint, cut_ffn
 from sedac_hf.ops import costs as cost_module
 from sedac_hf.ops.costs import CPU_COSTS, CostModel
 from sedac_hf.ops.strip_plan import PythonStripPlanner
+from sedac_hf.ops.strips import _pave
+from sedac_hf.runtime import SedacRuntime
 from tests.cut_cases import (
     N_LEVELS,
     Recorder,
@@ -27,6 +29,8 @@ from tests.cut_cases import (
     relative_error,
     site_cut,
 )
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model, token_ids
 
 # Strips cost nothing: every width that occurs becomes a cut. And: strips cost so much that there is one.
 MANY = CostModel(1e30, 1.0, 0.0, 1e30)
@@ -155,3 +159,79 @@ def test_what_is_recorded(costs):
     record = Recorder()
     cut_ffn(torch.ones(4, 8), random_weights(8, 64), site_cut([2, 0, 4, 2], even_points(64), record=record))
     assert record.calls == [{"engine": "strips", "tokens": 4, "needed": 64, "read": 32, "computed": 16 * 3 + 16}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_serves_a_stretch(dtype):
+    """FFNs of equal widths share one paving, others get their own; all under one plan."""
+    planners = []
+
+    class Counting(PythonStripPlanner):
+        def strips(self, ends):
+            planners.append(ends)
+            return super().strips(ends)
+
+    levels = torch.randint(0, 9, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, x = site_cut(levels, even_points(64)), torch.randn(50, 24).to(dtype)
+    narrow = tuple(OperatingPoint(point.width // 2) for point in even_points(64))
+    with rates(MANY):
+        for seed, points in enumerate((even_points(64), even_points(64), narrow, even_points(64), narrow)):
+            weights = random_weights(24, 64, dtype=dtype, seed=seed)
+            cut = replace(first, points=points, strip_planner=Counting)
+            assert_as_good_as_plain(cut_ffn(x, weights, cut), x, weights, cut)
+    assert len(planners) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("levels", [[], [5], [0], [0, 0, 3], [8, 8, 0], [3, 3, 5]])
+@pytest.mark.parametrize("gated", [True, False])
+def test_no_token_one_token_few_tokens(dtype, levels, gated):
+    weights = random_weights(24, 64, gated=gated, dtype=dtype)
+    x = torch.randn(len(levels), 24, generator=torch.Generator().manual_seed(4)).to(dtype)
+    for costs in (MANY, ONE):
+        cut = site_cut(levels, even_points(64))
+        with rates(costs):
+            assert_as_good_as_plain(cut_ffn(x, weights, cut), x, weights, cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [12, 300])  # few tokens: zeroed in place; many: sorted
+def test_a_large_call_is_as_good_as_plain_and_repeats_to_the_bit(dtype, n):
+    weights = random_weights(48, 320, dtype=dtype)
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(n, 48, generator=g).to(dtype)
+    levels = torch.randint(0, 9, (n,), generator=g).tolist()
+    results = []
+    for planner in (None, _rust.StripPlanner, _rust.StripPlanner):
+        cut = replace(site_cut(levels, even_points(320)), strip_planner=planner)
+        results.append(cut_ffn(x, weights, cut))
+        assert_as_good_as_plain(results[-1], x, weights, cut)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@in_many_strips_or_one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_that_a_token_does_not_use_may_be_infinite(costs, dtype):
+    """A product with 0 would let an inf or NaN of an unused unit through."""
+    weights = random_weights(24, 64, dtype=dtype)
+    clean = replace(weights, up=weights.up.clone())
+    weights.up[40:] = float("inf")
+    levels = [8, 5, 2, 5, 1, 0, 4, 5] * 10
+    x = torch.randn(80, 24, generator=torch.Generator().manual_seed(7)).to(dtype)
+    for few in (80, 8):
+        cut, untouched = site_cut(levels[:few], even_points(64)), [i for i in range(few) if levels[i] < 8]
+        got, wanted = (cut_ffn(x[:few], w, cut)[untouched] for w in (weights, clean))
+        assert relative_error(got, wanted) < 1e-6
+
+
+def test_the_runtime_hands_the_compiled_planner_on():
+    runtime = SedacRuntime(tiny_model("llama"))
+    runtime.install(random_policy(runtime, "truncate"))
+    seen = set()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sedac_hf.ops.strips._pave", lambda *a, **k: seen.add(a[1].strip_planner) or _pave(*a, **k))
+        runtime.model(token_ids(2, 40))
+    assert seen == {_rust.StripPlanner}
+    assert runtime.stats().engines["strips"] > 0
+    assert SedacRuntime(tiny_model("llama"), controller="python").strip_planner is None

@@ -3,18 +3,18 @@
 The strip engine asks it where to cut (`sedac_hf.ops.strip_plan`), and whoever chooses between engines can ask what the
 whole FFN would cost at n tokens. One table serves a device, a dtype, a hidden size, a number of matrices and a number
 of threads; it is made when a batch of mixed widths first meets such an FFN, on the FFN's own weights (no copy), in
-about a second at most, and kept for the life of the process. ``SEDAC_MEASURE_COSTS=0`` leaves out the measuring, as
+about a second, and kept for the life of the process. ``SEDAC_MEASURE_COSTS=0`` leaves out the measuring, as
 does whatever goes wrong in it; stated rates then take its place, as they do in the products that would take too long.
 
 Only the speed depends on any of this: cuts differ in rounding alone. The rates give the cuts wherever the measured
 table does not say that others are clearly better, so two processes on one machine normally cut alike; without
-measuring they always do. Times are of weights that the caches may hold, which is right for choosing between ways to
-read the same weights; they flatter small token counts of an FFN that is smaller than the cache.
+measuring they always do. Each time is of weights that come from memory, as they do in a model larger than the caches.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +40,8 @@ Product = Callable[[int, int], object]  # (tokens, units)
 TOKENS = (1, 4, 16, 64, 256, 1024)
 UNITS = (1, 16, 64, 256, 1024, 4096)
 REPEATS = 3  # the best counts: whatever else runs on the machine only adds
+LEAST_WEIGHTS = 1 << 20  # a smaller FFN is not measured: calls cost more than products there, whatever the cuts
+FLUSH_BYTES = 64 << 20  # read between two timings, so that weights come from memory as they do in a model
 LONGEST_S = 0.01  # a product that would take longer is reckoned from a smaller one, which is as good as measured there
 BUDGET_S = 1.0  # per table; what is left by then is reckoned as well
 
@@ -58,7 +60,7 @@ class CostModel(NamedTuple):
 
 
 # Two desktop or server cores; one current data-centre GPU, whose float32 products run at a quarter of its bfloat16.
-CPU_COSTS = CostModel(15e9, 150e9, 30e-6, 10e9)
+CPU_COSTS = CostModel(15e9, 150e9, 80e-6, 40e9)
 GPU_COSTS = CostModel(3e12, 200e12, 20e-6, 2e12)
 
 
@@ -160,7 +162,7 @@ def _stated(key: CostKey) -> Times:
 
 def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
     """The times on these weights; None, and why in the log, where they cannot be had."""
-    if key.device.type not in ("cpu", "cuda"):
+    if key.device.type not in ("cpu", "cuda") or key.matrices * weights.up.numel() < LEAST_WEIGHTS:
         return None
     start = time.perf_counter()
     try:
@@ -180,13 +182,24 @@ def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
 def _measure(weights: FFNWeights, deadline: float) -> Times:
     device = weights.up.device
     products = _by_rows(weights) if accumulates(weights.up.dtype) else _by_columns(weights)
+    rest = torch.zeros(FLUSH_BYTES // 4, device=device)
+
+    def between() -> None:
+        rest.add_(1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def after() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     hidden, down = (np.zeros((len(TOKENS), len(UNITS))) for _ in range(2))
     for i, n in enumerate(TOKENS):
         for j, u in enumerate(UNITS):
             hidden[i, j], down[i, j] = expected = _expected(hidden, i, j), _expected(down, i, j)
             if u > weights.intermediate_size or max(expected) > LONGEST_S or time.perf_counter() > deadline:
                 continue
-            hidden[i, j], down[i, j] = (_seconds(partial(product, n, u), device) for product in products)
+            hidden[i, j], down[i, j] = (_seconds(partial(product, n, u), between, after) for product in products)
     return Times(_monotone(hidden), _monotone(down))
 
 
@@ -225,18 +238,16 @@ def _operands(weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.zeros_like(x), x.new_zeros(TOKENS[-1] * min(UNITS[-1], weights.intermediate_size))
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _seconds(call: Callable[[], object], between: Callable[[], None], after: Callable[[], None]) -> float:
+    call()
+    best = math.inf
+    for _ in range(REPEATS):
+        between()
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return max(min(once() for _ in range(REPEATS)), 1e-9)
+        after()
+        best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)
 
 
 def _expected(times: NDArray[np.float64], i: int, j: int) -> float:
