@@ -1,6 +1,6 @@
 """Time of a prompt under `truncate`: every FFN alone, and the whole forward of a decoder, dense and cut in turn.
 
-    python benchmarks/prefill.py [--full] [--threads N] [--cpu-time] [--json FILE]
+    python benchmarks/prefill.py [--shape NAME] [--full] [--threads N] [--cpu-time] [--json FILE]
 
 A decoder of the Qwen2.5-0.5B shape (hidden 896, FFN 4864) with random weights: this shows speed and nothing else. Four
 layers by default, of which the last three are cut; `--full` takes all 24 layers (17 cut, as with checkpoints at 6, 12,
@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sedac_hf.cli.env import machine
 from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller, strip_planner
+from sedac_hf.evaluation.random_decoders import SHAPES, random_decoder
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.ops import LevelPlan, OperatingPoint, SiteCut, cut_ffn
@@ -40,6 +40,7 @@ from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
 
 N_LEVELS = 8
+LAYERS = 4
 VOCABULARY = 4096  # small: a prompt needs the logits of its last token alone
 LEVELS = {
     "uniform 75%": (6,),
@@ -64,20 +65,6 @@ class Row:
     time_over_dense: float
     share: float
     eta: float | None
-
-
-def decoder(n_layers: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Random weights."""
-    config = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=n_layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def policy(runtime: SedacRuntime) -> Policy:
@@ -190,10 +177,11 @@ class Case:
 
 
 @torch.no_grad()
-def measure_dtype(
-    dtype: torch.dtype, tokens: Sequence[int], n_layers: int, rounds: int, clock: Callable[[], float]
+def measure_decoder(
+    model: torch.nn.Module, tokens: Sequence[int], rounds: int, clock: Callable[[], float]
 ) -> list[Row]:
-    runtime = SedacRuntime(decoder(n_layers, dtype), (n_layers // 4,) if n_layers > 4 else (0,))
+    n_layers = model.config.num_hidden_layers
+    runtime = SedacRuntime(model, (n_layers // 4 if n_layers > LAYERS else 0,))
     runtime.install(policy(runtime))
     rows: list[Row] = []
     for n in tokens:
@@ -210,7 +198,8 @@ def measure_dtype(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all 24 layers, 15 rounds")
+    parser.add_argument("--full", action="store_true", help="all layers, 15 rounds")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--tokens", type=int, action="append", help="prompt lengths; default: 512 and 2048")
     parser.add_argument("--rounds", type=int, help="rounds of the FFNs; the whole forward takes half as many")
     parser.add_argument("--threads", type=int, help="torch's threads")
@@ -220,15 +209,17 @@ def main() -> None:
     if arguments.cpu_time or arguments.threads:
         torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    n_layers, rounds = (24, 15) if arguments.full else (4, 7)
-    rounds = arguments.rounds or rounds
+    rounds = arguments.rounds or (15 if arguments.full else 7)
+    changes = {"vocab_size": VOCABULARY} | ({} if arguments.full else {"num_hidden_layers": LAYERS})
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
-        rows += measure_dtype(dtype, arguments.tokens or (512, 2048), n_layers, rounds, clock)
+        model = random_decoder(arguments.shape, dtype=dtype, **changes)
+        rows += measure_decoder(model, arguments.tokens or (512, 2048), rounds, clock)
     about = machine() | {
         "threads": torch.get_num_threads(),
         "clock": "processor time of the thread" if arguments.cpu_time else "wall",
-        "layers": n_layers,
+        "shape": arguments.shape,
+        "layers": model.config.num_hidden_layers,
         "rounds": rounds,
         "costs": "measured" if any(table.measured for table in known_tables()) else "stated rates",
     }
