@@ -84,7 +84,7 @@ class Times(NamedTuple):
         return self.hidden + self.down if part == "whole" else self.hidden if part == "hidden" else self.down
 
 
-@dataclass
+@dataclass(eq=False)
 class CostTable:
     """The times of one kind of FFN; ``measured`` is None where the rates stand alone."""
 
