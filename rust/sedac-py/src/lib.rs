@@ -1,9 +1,10 @@
-//! The compiled module `sedac_hf._rust`: registers the classes of [`controller`] and [`kernels`], and nothing else.
+//! The compiled module `sedac_hf._rust`: registers the classes of its modules, and nothing else.
 
 mod arrays;
 mod controller;
 mod kernels;
 mod openmp;
+mod strips;
 
 use pyo3::prelude::*;
 
@@ -14,4 +15,6 @@ mod _rust {
     use crate::controller::{CascadeController, ForwardPass};
     #[pymodule_export]
     use crate::kernels::{instruction_sets, read_memory, set_openmp, FfnKernel, LinearKernel};
+    #[pymodule_export]
+    use crate::strips::StripPlanner;
 }

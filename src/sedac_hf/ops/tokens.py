@@ -6,8 +6,6 @@ Shapes: n tokens, d hidden size, f units; ``present`` walks the levels that occu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -19,14 +17,9 @@ def level_widths(cut: SiteCut, intermediate_size: int) -> tuple[int, ...]:
     return (0, *(min(max(point.width, 0), intermediate_size) for point in cut.points[1:]))
 
 
-def present(plan: LevelPlan) -> Iterator[tuple[int, int, int]]:
+def present(plan: LevelPlan) -> tuple[tuple[int, int, int], ...]:
     """(level, lo, hi) for each level that occurs, descending: rows ``plan.order[lo:hi]`` have that level."""
-    lo = 0
-    for level in range(plan.n_levels, -1, -1):
-        hi = int(plan.at_least[level])
-        if hi > lo:
-            yield level, lo, hi
-        lo = hi
+    return plan.runs
 
 
 def widest(cut: SiteCut, intermediate_size: int) -> int:

@@ -174,6 +174,7 @@ class Execution:
             engine="reference" if runtime.policy is not None and runtime.policy.cut == "mask" else runtime.engine,
             record=functools.partial(self._record, i, plan, compensation, decides),
             kernel=kernel,
+            strip_planner=runtime.strip_planner,
         )
 
     def site_whole(self, i: int, x: Tensor) -> Tensor | None:

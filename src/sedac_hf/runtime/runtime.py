@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from sedac_hf.configuration import default_checkpoint_layers
-from sedac_hf.control import make_controller
+from sedac_hf.control import make_controller, strip_planner
 from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.coupled import forward_replacements
@@ -90,6 +90,7 @@ class SedacRuntime:
         self.policy: Policy | None = None
         self.probes: ProbeBank | None = None
         self._controller_choice = controller
+        self.strip_planner = strip_planner(controller)
         self._controller: Controller | None = None
         self.weights = PreparedWeights(self.sites, kernels=engine in ("auto", "rust"))
         self._attachment: Attachment | None = None
