@@ -62,7 +62,7 @@ def test_the_sum_of_the_ranks_is_the_cut_ffn(ranks: int, held: int, seed: int) -
     for shard in shards(ranks, units):
         mine = shard.dealt(order).view(ranks, held)[shard.rank][: shard.width(width)]
         h = functional.silu(x @ gate[mine].T) * (x @ up[mine].T)
-        part = whole.dealt(shard).low_rank(1, x)
+        part = whole.part(shard, dealt=True).low_rank(1, x)
         assert part is not None
         total += h @ down[:, mine].T + h @ part[1].T @ part[0].T
     torch.testing.assert_close(total, wanted)

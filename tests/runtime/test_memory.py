@@ -35,13 +35,14 @@ def test_what_is_held_is_what_is_counted(family, dtype, cut):
     model = wrapped(family, 1.0, dtype)
     policy = random_policy(model.runtime, cut)
     model.install(policy)
-    model(token_ids())  # compensation goes to the base's dtype at first use
+    model(token_ids())
     use = model.runtime.memory()
     assert use.base == base_bytes(model.model) == sum({p.data_ptr(): p.nbytes for p in _held(model.model)}.values())
     shadows = [item for item in model.runtime.weights.shadows if item is not None]
     tensors = [[s.deciding.codes, s.deciding.scales, s.unit_norm, s.bias] for s in shadows]
     assert use.shadow == sum(t.nbytes for row in tensors for t in row if t is not None)
-    assert use.compensation == sum(_compensation_bytes(item) for item in policy.compensation)
+    like = torch.zeros(1, dtype=dtype)
+    assert use.compensation == sum(_compensation_bytes(item, like) for item in policy.compensation)
     assert use.probes == sum(p.nbytes for p in policy.probes.parameters())
     assert use.channel_order == (0 if policy.channel_order is None else sum(o.nbytes for o in policy.channel_order))
     assert use.extra == use.shadow + use.compensation + use.probes + use.channel_order
@@ -54,16 +55,14 @@ def _held(model):
     return [*model.parameters(), *model.buffers()]
 
 
-def _compensation_bytes(item: LevelCompensation) -> int:
-    """Each tensor that the object refers to, once."""
+def _compensation_bytes(item: LevelCompensation, like: torch.Tensor) -> int:
+    """Each tensor that the object refers to, once, after every level was used."""
+    item.bias(like)
+    for level in range(N_LEVELS):
+        item.low_rank(level, like)
     placed = [t for value in item._placed.values() for t in (value if isinstance(value, tuple) else (value,))]
     pairs = [t for pair in item._low_rank.values() for t in pair]
-    held = {t.data_ptr(): t.nbytes for t in [item._bias, *pairs, *placed]}
-    unused = set(item._low_rank) - {key[2] for key in item._placed if key[2] >= 0}
-    if item._placed and pairs[0].dtype != next(iter(item._placed))[1]:  # levels that no token had were not placed
-        width = next(iter(item._placed))[1].itemsize
-        return sum(held.values()) + sum(t.numel() * width for level in unused for t in item._low_rank[level])
-    return sum(held.values())
+    return sum({t.data_ptr(): t.nbytes for t in [item._bias, *pairs, *placed]}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

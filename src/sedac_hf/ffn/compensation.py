@@ -53,9 +53,14 @@ class LevelCompensation:
             low_rank[level] = source._low_rank[source_level]
         return LevelCompensation(bias, low_rank, self.n_levels)
 
-    def dealt(self, shard: Shard) -> LevelCompensation:
-        """This rank's part: the columns of its units; the ranks' ``U V h`` add up, the bias is for their sum."""
-        pairs = {level: (u, v[:, shard.rank :: shard.ranks].contiguous()) for level, (u, v) in self._low_rank.items()}
+    def part(self, shard: Shard, *, dealt: bool) -> LevelCompensation:
+        """This rank's part: the columns of its units; the ranks' ``U V h`` add up, the bias is for their sum.
+
+        dealt: whether the FFN's units are; they lie in natural order otherwise, and every level has all of them.
+        """
+        first = shard.rank * shard.held
+        columns = slice(shard.rank, None, shard.ranks) if dealt else slice(first, first + shard.held)
+        pairs = {level: (u, v[:, columns].contiguous()) for level, (u, v) in self._low_rank.items()}
         return LevelCompensation(self._bias, pairs, self.n_levels)
 
     def check(self, hidden_size: int, points: Sequence[OperatingPoint]) -> None:

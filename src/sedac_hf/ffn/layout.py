@@ -18,7 +18,8 @@ from sedac_hf.ffn.sites import FFNSite
 def lay_out_by_units(site: FFNSite) -> tuple[nn.Module, ...]:
     """Give each unit of an FFN one run of memory; returns the linears that were changed, for `lay_out_as_usual`.
 
-    Nothing is changed where a weight can't be read here, is quantised, or is not on the CPU, where single units are read.
+    Nothing is changed where a weight can't be read here, is quantised, or is not on the CPU, where single units are
+    read.
     """
     for linear in site.linears:
         if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type == "cpu"):

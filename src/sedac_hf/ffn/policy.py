@@ -100,7 +100,7 @@ class Policy:
                 if order is None and any(0 < point.width < shard.units for point in row):
                     order = torch.arange(shard.units)
                 row = tuple(point._replace(width=shard.width(point.width)) for point in row)
-                compensation = compensation and compensation.dealt(shard)
+                compensation = compensation and compensation.part(shard, dealt=order is not None)
             rows.append(row)
             orders.append(order)
             compensations.append(compensation)
