@@ -31,9 +31,19 @@ class OperatingPoint(NamedTuple):
     importance_min: float = 0.0
 
 
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether a weight is a tensor and no subclass with a life of its own."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and type(weight.data) is Tensor
+
+
+def dense(weight: Tensor) -> Tensor:
+    """A weight as an ordinary floating tensor; a copy where it is kept in another form, so ask for a part of it."""
+    return weight if is_ordinary(weight) else weight.dequantize()
+
+
 @dataclass(frozen=True)
 class FFNWeights:
-    """Views of one FFN's live weights, all in ``nn.Linear`` layout; nothing is copied.
+    """Views of one FFN's live weights, all in ``nn.Linear`` layout; nothing is copied. See ``ordinary``.
 
     gate, up: [f, d] (gate is None for a plain MLP); down: [d, f]; biases [f], [f], [d] or None.
     """
@@ -53,6 +63,14 @@ class FFNWeights:
     @property
     def intermediate_size(self) -> int:
         return self.up.shape[0]
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether all weights are ordinary tensors, whose memory a kernel may read and index.
+
+        Others (quantised) take slices and `torch.nn.functional.linear`, nothing else.
+        """
+        return all(is_ordinary(weight) for weight in (self.gate, self.up, self.down) if weight is not None)
 
     def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
         """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``."""

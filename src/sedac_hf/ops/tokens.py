@@ -66,9 +66,13 @@ def compensated(y: Tensor, h: Tensor, cut: SiteCut) -> Tensor:
 
     Rows are in call order. Level n_levels gains nothing. Out of place, so that autograd and views stay safe.
     """
+    return y if cut.compensation is None else add_low_rank(add_level_bias(y, cut), h, cut)
+
+
+def add_low_rank(y: Tensor, h: Tensor, cut: SiteCut) -> Tensor:
+    """``y`` [n, d] plus ``U V h`` of each token's level, where it has one; see `compensated`."""
     if cut.compensation is None:
         return y
-    y = add_level_bias(y, cut)
     for level, lo, hi in present(cut.plan):
         factors = None if level == cut.plan.n_levels else cut.compensation.low_rank(level, y)
         if factors is None:

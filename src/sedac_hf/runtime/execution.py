@@ -204,7 +204,7 @@ class Execution:
             compensation = None if forced.compensation is None else forced.compensation[i]
             plan = None if point is None else self._fixed_plan(state, "point", 2)
             return plan, (OperatingPoint(0), point or whole, whole), compensation
-        policy = runtime.policy
+        policy = runtime.running_policy
         if policy is None:
             return None, (), None
         compensation = None if policy.compensation is None else policy.compensation[i]
