@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sedac_hf.errors import ConfigError
+
+
+def _gelu(z: Tensor) -> Tensor:
+    """GELU by its formula: for the few numbers of a decode step, torch's own takes 0.1 ms on a CPU."""
+    return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))
 
 
 class RiskProbe(nn.Module):
@@ -32,7 +39,7 @@ class RiskProbe(nn.Module):
         x = functional.layer_norm(
             hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
         )
-        x = functional.gelu(functional.linear(x, down.weight.float(), down.bias.float()))
+        x = _gelu(functional.linear(x, down.weight.float(), down.bias.float()))
         return functional.softplus(functional.linear(x, out.weight.float(), out.bias.float())).squeeze(-1)
 
     @torch.no_grad()
@@ -64,7 +71,7 @@ class ProbeBank(nn.Module):
         risk: Tensor = probe(hidden)
         return risk
 
-    @property
+    @functools.cached_property
     def parameters_per_token(self) -> int:
         """Parameters that one checkpoint's probe uses for a token."""
         return sum(p.numel() for p in next(iter(self.layers.values())).parameters())

@@ -21,7 +21,7 @@ from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.slicing import slicing_is_exact
 from sedac_hf.ops import SiteCut, cut_ffn
-from sedac_hf.ops.tokens import chooses, compensated, is_whole, units_by_width, used_units, widest
+from sedac_hf.ops.tokens import compensated, is_whole, units_by_width, used_units, widest
 
 Current = Callable[[], "SiteCut | None"]
 Whole = Callable[[Tensor], "Tensor | None"]
@@ -100,7 +100,7 @@ def _exact_gate(cut: SiteCut) -> ExactGate | None:
 
 def _importance(cut: SiteCut, x: Tensor | None, z: Tensor | None, n: int) -> Tensor | None:
     """Importance [n, >= k] from what the gate left; None where nobody chooses (or nothing was left: all are used)."""
-    if not chooses(cut) or cut.importance is None:
+    if not cut.chooses or cut.importance is None:
         return None
     exact = _exact_gate(cut)
     if exact is not None:
@@ -126,7 +126,7 @@ class _Producer:
         if cut is None or _rows_of(x) != cut.plan.n_tokens:
             return self.original(x, *args, **kwargs)
         output = self._emit(x, cut, *args, **kwargs)
-        if self.gives_x and chooses(cut):
+        if self.gives_x and cut.chooses:
             exact = _exact_gate(cut)
             if exact is None:
                 self.call.scratch.x = x
@@ -202,7 +202,7 @@ class _Owner:
             return self.original(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
         if cut is not None:
-            y = cut_ffn(flat, site.weights(), cut)
+            y = cut_ffn(flat, site.weights() if cut.kernel is None else cut.kernel.weights, cut)
         else:
             done = None if self.whole is None else self.whole(flat)
             if done is None:

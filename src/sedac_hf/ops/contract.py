@@ -130,6 +130,7 @@ class DecodeKernel(Protocol):
     """One FFN's compiled kernel for a few rows; see `sedac_hf.ops.rust_cpu.CpuFFN`."""
 
     selects: bool
+    weights: FFNWeights
 
     def accepts(self, x: Tensor) -> bool:
         """Whether it can run this input."""
@@ -172,3 +173,18 @@ class SiteCut:
     engine: str
     record: Record
     kernel: DecodeKernel | None = None
+
+    # What follows is worked out once where a cut is used again from step to step.
+
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether some token of this call picks its units by importance."""
+        per_level = np.diff(self.plan.at_least[::-1], prepend=0)[::-1].tolist()
+        return any(n and level and self.points[level].importance_min > 0 for level, n in enumerate(per_level))
+
+    @cached_property
+    def token_points(self) -> list[OperatingPoint]:
+        """The operating point of each token, widths from 0 up; level 0 uses nothing."""
+        nothing = OperatingPoint(0)
+        points = [nothing, *(OperatingPoint(max(point.width, 0), point.importance_min) for point in self.points[1:])]
+        return [points[level] for level in self.plan.levels.tolist()]

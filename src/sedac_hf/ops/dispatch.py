@@ -13,7 +13,6 @@ from sedac_hf.ops.gather import gather_ffn
 from sedac_hf.ops.reference import bounded_reference_ffn, reference_ffn
 from sedac_hf.ops.rust_cpu import rust_ffn
 from sedac_hf.ops.strips import strips_ffn
-from sedac_hf.ops.tokens import chooses
 
 Engine = Callable[[Tensor, FFNWeights, SiteCut], Tensor]
 
@@ -47,7 +46,7 @@ def cut_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
         raise ConfigError(
             f"a cut needs one operating point per level 0..{cut.plan.n_levels}, got {len(cut.points)} points"
         )
-    if chooses(cut) and cut.importance is None:
+    if cut.chooses and cut.importance is None:
         raise ConfigError(
             "a token's operating point has importance_min > 0 but the cut has no `importance`: build the site's shadow"
         )
@@ -63,10 +62,9 @@ def choose(x: Tensor, cut: SiteCut) -> str:
         raise ConfigError(f"`engine` must be one of auto, {', '.join(ENGINES)}, got {cut.engine!r}")
     if cut.engine in ("reference", "masked"):
         return cut.engine
-    choosing = chooses(cut)
     kernel = cut.kernel if cut.engine in ("auto", "rust") else None
-    if kernel is not None and (kernel.selects or not choosing) and kernel.accepts(x):
+    if kernel is not None and (kernel.selects or not cut.chooses) and kernel.accepts(x):
         return "rust"
-    if not choosing:
+    if not cut.chooses:
         return "strips"
     return "gather" if cut.plan.n_tokens == 1 else "masked"

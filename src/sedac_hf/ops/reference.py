@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops.contract import FFNWeights, SiteCut
-from sedac_hf.ops.tokens import chooses, compensated, units_by_width, used_units, widest
+from sedac_hf.ops.tokens import compensated, units_by_width, used_units, widest
 
 
 def reference_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
@@ -29,7 +29,7 @@ def bounded_reference_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tenso
 def masked_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut, hi: int, *, engine: str) -> Tensor:
     """The cut FFN over units 0..hi, which must cover the widest token; reports itself as ``engine``."""
     n, f = x.shape[0], weights.intermediate_size
-    importance = cut.importance(x) if chooses(cut) and cut.importance is not None else None
+    importance = cut.importance(x) if cut.chooses and cut.importance is not None else None
     used = used_units(cut, f, hi, importance, x.device)
     h = weights.hidden(x, 0, hi)
     # A product with 0 would let an inf or NaN of an unused unit through.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops.activations import name_of
-from sedac_hf.ops.contract import FFNWeights, OperatingPoint, ShadowTables, SiteCut
-from sedac_hf.ops.openmp import parallel_address
-from sedac_hf.ops.tokens import compensated, level_widths
+from sedac_hf.ops.contract import Compensation, FFNWeights, OperatingPoint, ShadowTables, SiteCut
+from sedac_hf.ops.threads import kernel_threads, parallel_address
+from sedac_hf.ops.tokens import compensated
 
 try:
     from sedac_hf import _rust
@@ -36,11 +36,6 @@ def available() -> bool:
     return _rust is not None
 
 
-def shares_torch_threads() -> bool:
-    """Whether kernels run on torch's own worker threads; otherwise they have a pool of their own."""
-    return parallel_address() != 0
-
-
 class CpuFFN:
     """The kernel of one FFN, on the FFN's own memory.
 
@@ -53,7 +48,8 @@ class CpuFFN:
         name = name_of(weights.activation)
         if name is None or not CpuFFN.fits(weights):
             raise ValueError("the kernels must be able to read the weights and know the activation; ask `fits` first")
-        self._keep = (weights, shadow)
+        self.weights = weights
+        self._shadow = shadow
         self.hidden_size, self.intermediate_size = weights.hidden_size, weights.intermediate_size
         self.dtype = weights.up.dtype
         self.selects = shadow is not None
@@ -94,7 +90,7 @@ class CpuFFN:
         x = x.contiguous()
         y = torch.empty_like(x)
         needed, read = self._kernel.run(
-            x.data_ptr(), y.data_ptr(), points, torch.get_num_threads(), 0 if hidden is None else hidden.data_ptr()
+            x.data_ptr(), y.data_ptr(), points, kernel_threads(), 0 if hidden is None else hidden.data_ptr()
         )
         return y, needed, read
 
@@ -138,28 +134,27 @@ class CpuLinear:
         """x [..., inputs] of at most `MAX_ROWS` rows in the weight's dtype -> [..., outputs]."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.outputs))
-        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, torch.get_num_threads())
+        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, kernel_threads())
         return y
 
 
 def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     """The cut FFN by ``cut.kernel``: x [n, d] -> [n, d], n at most `MAX_ROWS`."""
     kernel: Any = cut.kernel
-    widths = level_widths(cut, weights.intermediate_size)
-    levels = cut.plan.levels.tolist()
-    points = [OperatingPoint(widths[level], cut.points[level].importance_min if level else 0.0) for level in levels]
-    whole = cut.plan.n_levels
-    low_rank = cut.compensation is not None and any(
-        level < whole and cut.compensation.low_rank(level, x) is not None for level in set(levels)
-    )
+    low_rank = cut.compensation is not None and _has_low_rank(cut.compensation, cut, x)
     hidden = x.new_empty((x.shape[0], weights.intermediate_size), dtype=torch.float32) if low_rank else None
     y: Tensor
-    y, needed, read = kernel.run(x, points, hidden)
+    y, needed, read = kernel.run(x, cut.token_points, hidden)
     cut.record(engine="rust", tokens=x.shape[0], needed=needed, read=read, computed=needed)
     if cut.compensation is None:
         return y
-    # Without a low-rank part nothing is read from `h`.
+    # Without a low-rank part nothing is read from the hidden values.
     return compensated(y, y if hidden is None else hidden.to(y.dtype), cut)
+
+
+def _has_low_rank(compensation: Compensation, cut: SiteCut, x: Tensor) -> bool:
+    levels = set(cut.plan.levels.tolist()) - {cut.plan.n_levels}
+    return any(compensation.low_rank(level, x) is not None for level in levels)
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -41,11 +41,6 @@ def units_by_width(cut: SiteCut, intermediate_size: int) -> int:
     return sum(widths[level] * (hi - lo) for level, lo, hi in present(cut.plan))
 
 
-def chooses(cut: SiteCut) -> bool:
-    """Whether some token of this call picks its units by importance."""
-    return any(level > 0 and cut.points[level].importance_min > 0 for level, _, _ in present(cut.plan))
-
-
 def is_whole(cut: SiteCut, intermediate_size: int) -> bool:
     """Whether every token runs the whole FFN, so that the untouched module must run."""
     level = cut.plan.uniform

@@ -25,7 +25,7 @@ class DecodeLinear:
 
     Args:
         module: a plain `nn.Linear` on the CPU.
-        usable: asked at each call of few rows, with shape and rows, whether the kernel may run.
+        usable: asked with shape and rows whether the kernel may run.
     """
 
     def __init__(self, module: nn.Linear, usable: Callable[[Shape, int], bool]) -> None:
@@ -37,26 +37,33 @@ class DecodeLinear:
         self._kernel: tuple[int, CpuLinear | None] = (0, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows = x.numel() // self.shape[1]
-        if rows <= MAX_ROWS and rows and not args and not kwargs and self.usable(self.shape, rows):
-            y = self.by_kernel(x)
+        # A decode step calls this about a hundred times: every test costs.
+        if x.numel() <= self.shape[1] * MAX_ROWS and not args and not kwargs:
+            y = self.by_kernel(x, ask=True)
             if y is not None:
                 return y
         return self.original(x, *args, **kwargs)
 
-    def by_kernel(self, x: Tensor) -> Tensor | None:
-        """x [..., inputs] of few rows -> [..., outputs]; None where the kernel can't run this call."""
-        weight = weight_of(self.module)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return None
-        if x.dtype != weight.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return None
+    def by_kernel(self, x: Tensor, *, ask: bool = False) -> Tensor | None:
+        """x [..., inputs] of few rows -> [..., outputs]; None where the kernel can't run this call.
+
+        ask: None too where it is not to be used for so many rows.
+        """
+        outputs, inputs, dtype = self.shape
+        weight: Tensor = self.module._parameters["weight"]  # type: ignore[assignment]
         address = weight.data_ptr()
         if self._kernel[0] != address:
             bias = bias_of(self.module)
-            self._kernel = (address, CpuLinear(weight, bias) if CpuLinear.fits(weight, bias) else None)
+            fits = weight.shape == (outputs, inputs) and weight.dtype == dtype and CpuLinear.fits(weight, bias)
+            self._kernel = (address, CpuLinear(weight, bias) if fits else None)
         kernel = self._kernel[1]
-        return None if kernel is None or x.shape[-1] != kernel.inputs else kernel.run(x)
+        if kernel is None or x.dtype != dtype or x.shape[-1] != inputs or x.device.type != "cpu" or not x.numel():
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return None
+        if torch.is_autocast_enabled("cpu") or (ask and not self.usable(self.shape, x.numel() // inputs)):
+            return None
+        return kernel.run(x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": (0, None)}  # a kernel is made of addresses

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
-from sedac_hf.ops.rust_cpu import MAX_ROWS
+from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
+from sedac_hf.ops.threads import begin_step, end_step
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass, prompt_mask
 from sedac_hf.runtime.observation import hidden_of
 
@@ -19,11 +21,25 @@ if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 
+class _KnownCut(NamedTuple):
+    """A site's last cut, and what it was made of."""
+
+    plan: LevelPlan
+    points: tuple[OperatingPoint, ...]
+    compensation: Compensation | None
+    kernel: CpuFFN | None
+    shadow: Shadow | ExactGate | None
+    cut: SiteCut | None
+
+
 class Execution:
     """The callbacks that a runtime attaches to its model."""
 
     def __init__(self, runtime: SedacRuntime) -> None:
         self._runtime = runtime
+        # A decode step is short: what is the same from step to step is made once.
+        self._few: dict[bytes, LevelPlan] = {}
+        self._cuts: list[_KnownCut | None] = [None] * len(runtime.sites)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: open a pass."""
@@ -36,6 +52,8 @@ class Execution:
             runtime.tally.fail_safe(1)
             return
         runtime.tally.begin(state.n_tokens)
+        if runtime.decode_linears and state.n_tokens <= MAX_ROWS:
+            state.torch_alone = begin_step()
         if runtime.forcing is not None:
             return
         generation = current_generation.get()
@@ -54,6 +72,8 @@ class Execution:
         if state is None or state.runtime is not runtime:
             return
         current_pass.set(state.previous)
+        if state.torch_alone:
+            end_step()
         if output is None or state.n_tokens == 0:  # the forward raised, or there was nothing to read
             return
         for i, site in enumerate(runtime.sites):
@@ -84,7 +104,8 @@ class Execution:
         if runtime.adaptive_thresholds:
             controller.update_threshold(runtime.checkpoint_layers[idx], values[state.counted])
         counted = state.counted
-        failed = int(np.count_nonzero(~np.isfinite(values[counted])))
+        finite = np.isfinite(values)
+        failed = 0 if finite.all() else int(np.count_nonzero(~finite[counted]))
         runtime.tally.checkpoint(idx, decided.exited[counted], decided.ratio[counted], failed)
         if state.prompt is not None:
             levels = np.where(state.prompt, np.uint8(controller.n_levels), levels).astype(np.uint8)
@@ -92,7 +113,7 @@ class Execution:
             runtime.on_decision(
                 idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels
             )
-        state.plan = LevelPlan(levels, *controller.plan(levels))
+        state.plan = self._plan(levels)
 
     def _risks(self, idx: int, hidden: Tensor, n_tokens: int) -> np.ndarray:
         """float32 [n_tokens]; zeros where no risk changes a level."""
@@ -115,25 +136,45 @@ class Execution:
         plan, points, compensation = self._resolve(i, state)
         if plan is None or plan.uniform == plan.n_levels:
             return None
-        cached = state.cuts.get(i)
-        if cached is not None and cached[0] is plan:
-            return cached[1]
+        kernel = runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None
+        shadow = runtime.weights.shadows[i]
+        known = self._cuts[i]
+        if (
+            known is None
+            or known.plan is not plan
+            or known.points is not points
+            or known.compensation is not compensation
+            or known.kernel is not kernel
+            or known.shadow is not shadow
+        ):
+            cut = self._make_cut(i, plan, points, compensation, kernel, shadow)
+            known = self._cuts[i] = _KnownCut(plan, points, compensation, kernel, shadow, cut)
+        return known.cut
+
+    def _make_cut(
+        self,
+        i: int,
+        plan: LevelPlan,
+        points: tuple[OperatingPoint, ...],
+        compensation: Compensation | None,
+        kernel: CpuFFN | None,
+        shadow: Shadow | ExactGate | None,
+    ) -> SiteCut | None:
+        runtime = self._runtime
         whole = OperatingPoint(runtime.sites[i].intermediate_size)
         used = [points[level] for level in np.unique(plan.levels)]
         if all(point == whole for point in used):
             return None
-        shadow = runtime.weights.shadows[i] if any(point.importance_min > 0 for point in used) else None
-        cut = SiteCut(
+        decides = shadow is not None and any(point.importance_min > 0 for point in used)
+        return SiteCut(
             points=points,
             plan=plan,
-            importance=None if shadow is None else shadow.importance,
+            importance=shadow.importance if decides and shadow is not None else None,
             compensation=compensation,
             engine="reference" if runtime.policy is not None and runtime.policy.cut == "mask" else runtime.engine,
-            record=functools.partial(self._record, i, state, plan, compensation, shadow is not None),
-            kernel=runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None,
+            record=functools.partial(self._record, i, plan, compensation, decides),
+            kernel=kernel,
         )
-        state.cuts[i] = (plan, cut)
-        return cut
 
     def site_whole(self, i: int, x: Tensor) -> Tensor | None:
         """The whole FFN of site i by its compiled kernel, x [n, d] -> [n, d]; None: the module itself is to run."""
@@ -184,14 +225,28 @@ class Execution:
             elif kind == "head" and state.prompt is not None:  # prompt tokens whole, the others at the fixed point
                 plan = LevelPlan.of(np.where(state.prompt, n_levels, 1).astype(np.uint8), n_levels)
             else:  # level 1 stands for the one point; so do all levels below the top, before the first checkpoint
-                plan = LevelPlan.same(state.n_tokens, 1, n_levels)
+                plan = self._plan(np.ones(state.n_tokens, np.uint8), n_levels)
             state.fixed_plans[kind] = plan
         return state.fixed_plans[kind]
+
+    def _plan(self, levels: np.ndarray, n_levels: int | None = None) -> LevelPlan:
+        """The batch sorted by level, by the controller where there is one; for few tokens the same object again."""
+        few = len(levels) <= MAX_ROWS
+        key = bytes((n_levels or 0,)) + levels.tobytes() if few else b""
+        plan = self._few.get(key) if few else None
+        if plan is None:
+            plan = (
+                LevelPlan(levels, *self._runtime.controller.plan(levels))
+                if n_levels is None
+                else LevelPlan.of(levels, n_levels)
+            )
+            if few:
+                self._few[key] = plan
+        return plan
 
     def _record(
         self,
         i: int,
-        state: ForwardPass,
         plan: LevelPlan,
         compensation: Compensation | None,
         shadow: bool,
@@ -202,7 +257,9 @@ class Execution:
         read: int,
         computed: int,
     ) -> None:
-        state.recorded.add(i)
+        state = current_pass.get()
+        if state is not None:
+            state.recorded.add(i)
         extra = extra_read = 0
         if compensation is not None:
             per_level = plan.at_least - np.append(plan.at_least[1:], 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
@@ -45,6 +45,7 @@ class ForwardPass:
     prompt: bool [n_tokens], tokens that run at full width because they belong to the prompt; None: none do.
     whole: every FFN runs untouched in this pass.
     plan: the levels in force, None before the first checkpoint.
+    torch_alone: torch is kept to one thread during this pass.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     """
 
@@ -52,11 +53,11 @@ class ForwardPass:
     n_tokens: int
     prompt: np.ndarray | None = None
     whole: bool = False
+    torch_alone: bool = False
     controller_state: Any = None
     plan: LevelPlan | None = None
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
     previous: ForwardPass | None = None
-    cuts: dict[int, tuple[LevelPlan, SiteCut]] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
 
     @property

@@ -22,6 +22,7 @@ from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.contract import LevelPlan, SiteCut
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
+from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.decode_linears import DecodeLinear, Shape
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Call = Callable[[], object]
 
-REPEATS = 7
+LEAST_REPEATS, MOST_REPEATS = 7, 60
+SECONDS = 0.1  # of one comparison; a call that takes long is repeated less often
 MIN_GAIN = 0.1  # share of the FFN time: less is within a noisy machine's reach
 
 
@@ -50,7 +52,7 @@ class GenerationPlanner:
         if consistent:
             return True, "asked for"
         weight = weight_of(runtime.sites[-1].down)
-        key = (id(runtime.policy), rows, weight.device, weight.dtype, torch.get_num_threads())
+        key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
             self._known[key] = self._compare_widths(rows)
         return self._known[key]
@@ -59,17 +61,17 @@ class GenerationPlanner:
 
     def linear_by_kernel(self, shape: Shape, rows: int) -> bool:
         """Whether linear maps of this shape run by the kernel; yes where it has not been measured."""
-        return self._by_kernel.get((*shape, rows, torch.get_num_threads()), True)
+        return self._by_kernel.get((*shape, rows, kernel_threads()), True)
 
     def whole_by_kernel(self, kernel: CpuFFN, rows: int) -> bool:
         """The same for whole FFNs."""
-        return self._by_kernel.get((*_ffn_shape(kernel), rows, torch.get_num_threads()), True)
+        return self._by_kernel.get((*_ffn_shape(kernel), rows, kernel_threads()), True)
 
     def _compare_kernels(self, rows: int) -> None:
         runtime = self._runtime
         if rows > MAX_ROWS or not runtime.weights.uses_kernels:
             return
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         linears: dict[tuple[object, ...], list[DecodeLinear]] = {}
         for linear in runtime.decode_linears:
             linears.setdefault((*linear.shape, rows, threads), []).append(linear)
@@ -180,7 +182,10 @@ def _forget(**_: object) -> None:
 def interleaved(calls: Sequence[Call], device: torch.device) -> list[float]:
     """Median seconds of each call, taken in turns so that a busy machine slows all alike."""
     times: list[list[float]] = [[] for _ in calls]
-    for repeat in range(REPEATS + 1):
+    started = time.perf_counter()
+    for repeat in range(MOST_REPEATS + 1):
+        if repeat > LEAST_REPEATS and time.perf_counter() - started > SECONDS:
+            break
         for call, kept in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()

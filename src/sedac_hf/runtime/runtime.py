@@ -6,6 +6,7 @@ of the model is changed before `install` (or `attach`), and everything is undone
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.coupled import forward_replacements
 from sedac_hf.ffn.policy import Policy
+from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.rust_cpu import available
@@ -141,6 +143,19 @@ class SedacRuntime:
             self.uninstall()
             raise
         self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
+
+    def reschedule(self, schedule: WidthSchedule) -> None:
+        """Let the levels of the installed policy mean other operating points; law, order and shadows stay.
+
+        Raises:
+            ConfigError: no policy is installed, or the schedule is for other FFNs or another number of levels.
+        """
+        if self.policy is None:
+            raise ConfigError("there is no policy to reschedule: calibrate first")
+        if schedule.n_levels != self.policy.n_levels:
+            raise ConfigError(f"`schedule` must have {self.policy.n_levels} levels, got {schedule.n_levels}")
+        schedule.check([site.intermediate_size for site in self.sites])
+        self.policy = dataclasses.replace(self.policy, schedule=schedule)
 
     def uninstall(self) -> None:
         """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""

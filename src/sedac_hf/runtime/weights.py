@@ -32,10 +32,13 @@ class PreparedWeights:
         self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
         self._by_units: tuple[nn.Module, ...] | None = None  # the linears laid out by units; None: not asked for
-        self._kernels: dict[int, tuple[tuple[int, ...], CpuFFN | None]] = {}
+        self._kernels = self._no_kernels()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": {}}  # a kernel is made of addresses
+        return {**self.__dict__, "_kernels": self._no_kernels()}  # a kernel is made of addresses
+
+    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], int]], CpuFFN | None] | None]:
+        return [None] * len(self.sites)
 
     @property
     def has_shadows(self) -> bool:
@@ -75,7 +78,7 @@ class PreparedWeights:
         self._lay_out_as_usual()
         self._undo()
         self.shadows = [None] * len(self.sites)
-        self._kernels.clear()
+        self._kernels = self._no_kernels()
 
     def _undo(self) -> tuple[Tensor | None, ...] | None:
         orders, self._orders = self._orders, None
@@ -102,7 +105,7 @@ class PreparedWeights:
 
         Weights that cannot be read here (4-bit, offloaded, wrapped) get no copy: their exact gate decides.
         """
-        self._kernels.clear()
+        self._kernels = self._no_kernels()
         self.shadows = [_deciding(site) for site in self.sites]
         for site, shadow in zip(self.sites, self.shadows, strict=True):
             # In place of the plain layout: a shadow has no second copy either.
@@ -113,9 +116,10 @@ class PreparedWeights:
         """The compiled kernel of an FFN on its weights as they lie now; None where the kernels can't run it."""
         if not self.uses_kernels:
             return None
-        addresses = tuple([weight_of(linear).data_ptr() for linear in self.sites[site].linears])
-        known = self._kernels.get(site)
-        if known is None or known[0] != addresses:
+        known = self._kernels[site]
+        if known is None or any(held["weight"].data_ptr() != address for held, address in known[0]):
+            parameters: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
+            addresses = [(held, held["weight"].data_ptr()) for held in parameters if held.get("weight") is not None]
             known = self._kernels[site] = (addresses, _kernel(self.sites[site], self.shadows[site]))
         return known[1]
 
