@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_every_module_says_what_it_is() -> None:
     silent = []
     for path in sorted((ROOT / "src").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        if "import triton" in path.read_text(encoding="utf-8") and find_spec("triton") is None:
+            continue  # loaded on demand only, by ops/library.py
         if not (importlib.import_module(name).__doc__ or "").strip():
             silent.append(name)
     assert silent == []

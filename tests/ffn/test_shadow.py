@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sedac_hf.errors import ConfigError, UnsupportedModelError
-from sedac_hf.ffn import low_bit
-from sedac_hf.ffn.low_bit import LowBitMatrix, int8_rows
 from sedac_hf.ffn.shadow import ExactGate, Shadow, unit_norms
 from sedac_hf.ffn.sites import find_sites
+from sedac_hf.ops import low_bit
+from sedac_hf.ops.low_bit import LowBitMatrix, int8_rows
 from tests.tiny_models import FAMILIES, HIDDEN, tiny_model
 
 matrices = {"rows": st.integers(1, 20), "columns": st.integers(1, 200), "seed": st.integers(0, 9)}

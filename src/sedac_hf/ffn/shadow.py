@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.linears import bias_of, describe, norms, sliced, slices_of, weight_of
-from sedac_hf.ffn.low_bit import LowBitMatrix, int8_rows
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.contract import FFNWeights, ShadowTables
+from sedac_hf.ops.low_bit import LowBitMatrix, importance
 
 _PROBE_ROWS = 256  # rows of the identity that reveal the weights of an opaque linear at a time
 
@@ -81,13 +81,7 @@ class Shadow:
         """Importance of each unit (or of the consecutive ``rows``) for x [n, d] -> float32 [n, f]; no gradient."""
         if self.unit_norm.device != x.device:
             self._move(x.device)
-        lo, hi = (0, self.unit_norm.numel()) if rows is None else (rows.start, rows.stop)
-        with torch.no_grad():
-            z = self.deciding.product(int8_rows(x), lo, hi)
-            if self.bias is not None:
-                z += self.bias[lo:hi]
-            magnitude: Tensor = self.activation(z).abs()
-            return magnitude * self.unit_norm[lo:hi]
+        return importance(x, self.deciding, self.bias, self.unit_norm, self.activation, rows)
 
     def interleave(self) -> None:
         """Lay the codes out as the CPU kernels read them; bits other than 4 are left as they are."""

@@ -169,9 +169,10 @@ class LevelPlan:
 
 
 class ShadowTables(NamedTuple):
-    """A 4-bit shadow as the CPU kernels read it: `sedac_hf.ffn.low_bit.LowBitMatrix.interleave`'s codes and scales.
+    """A 4-bit shadow as kernels read it: codes and scales of a `sedac_hf.ops.low_bit.LowBitMatrix`, interleaved for
+    the CPU kernels, row by row for the Triton kernels.
 
-    bias: float32 [f] or None; unit_norm: float32 [f]. All contiguous, on the CPU.
+    bias: float32 [f] or None; unit_norm: float32 [f]. All contiguous, on the weights' device.
     """
 
     codes: Tensor

@@ -11,6 +11,7 @@ has integers inside a group, so engines differ by the rounding of a few float ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -144,6 +145,24 @@ class LowBitMatrix:
         codes = self.codes[first:last].permute(0, 3, 1, 2, 4).reshape(rows, -1)
         scales = self.scales[first:last].permute(0, 2, 1).reshape(rows, -1)
         return codes[inside], scales[inside]
+
+
+def importance(
+    x: Tensor,
+    deciding: LowBitMatrix,
+    bias: Tensor | None,
+    unit_norm: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    rows: range | None = None,
+) -> Tensor:
+    """Importance ``|act(z)| * unit_norm`` of each unit (or of the consecutive ``rows``), with z the product of the
+    low-bit rows and the rounded activations, plus the bias: x [n, d] -> float32 [n, f]; no gradient."""
+    lo, hi = (0, unit_norm.numel()) if rows is None else (rows.start, rows.stop)
+    with torch.no_grad():
+        z = deciding.product(int8_rows(x), lo, hi)
+        if bias is not None:
+            z += bias[lo:hi]
+        return activation(z).abs() * unit_norm[lo:hi]
 
 
 def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,180 @@
+"""Cut FFNs as PyTorch operators: what `torch.compile(fullgraph=True)` and CUDA graphs take whole.
+
+    sedac_hf::truncated_ffn    units up to each token's width
+    sedac_hf::selected_ffn     of those, the units whose importance for this token, by the 4-bit shadow, is enough
+
+How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
+the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
+up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
+interleaved); all else computes every unit in plain torch and zeroes what is not used. Both give the same function.
+
+Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
+gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
+holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`. The
+result is [n, d] in x's dtype, which is the weights'. No gradient is defined: training runs the masking engine.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_hf.errors import ConfigError
+from sedac_hf.ops.activations import KNOWN
+from sedac_hf.ops.contract import FFNWeights, ShadowTables
+from sedac_hf.ops.low_bit import LowBitMatrix, importance
+from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
+
+# What follows in both; functions below take it as ``*ffn``.
+_FFN = (
+    "Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str activation"
+    ") -> Tensor"
+)
+_TRUNCATED = f"(Tensor x, Tensor widths, {_FFN}"
+_SELECTED = (
+    "(Tensor x, Tensor widths, Tensor importance_min, Tensor codes, Tensor scales, Tensor? deciding_bias, "
+    f"Tensor unit_norm, {_FFN}"
+)
+
+
+def _truncated(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
+    weights = _weights(x, *ffn)
+    return _masked(x, weights, _below(widths, weights.intermediate_size))
+
+
+def _selected(
+    x: Tensor,
+    widths: Tensor,
+    importance_min: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    deciding_bias: Tensor | None,
+    unit_norm: Tensor,
+    *ffn: Any,
+) -> Tensor:
+    weights = _weights(x, *ffn)
+    sizes = (weights.hidden_size, 4, weights.intermediate_size)
+    deciding = LowBitMatrix(codes, scales, *sizes, interleaved=codes.dim() == 5)
+    worth = importance(x, deciding, deciding_bias, unit_norm, weights.activation)
+    # Written so that a NaN keeps its unit: a token that is already broken must not look healthy.
+    used = _below(widths, weights.intermediate_size) & ~(worth < importance_min[:, None])
+    return _masked(x, weights, used)
+
+
+def _below(widths: Tensor, intermediate_size: int) -> Tensor:
+    """bool [n, f]: the units that exist for each token."""
+    return torch.arange(intermediate_size, device=widths.device)[None, :] < widths[:, None]
+
+
+def _masked(x: Tensor, weights: FFNWeights, used: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = weights.hidden(x)
+        # A product with 0 would let an inf or NaN of an unused unit through.
+        h = torch.where(used, h, torch.zeros((), dtype=h.dtype, device=h.device))
+        return torch.nn.functional.linear(h, weights.down, weights.down_bias)
+
+
+def _weights(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> FFNWeights:
+    if activation not in KNOWN:
+        raise ConfigError(
+            f"`activation` must be one of {', '.join(KNOWN)}, got {activation!r}: other functions run in the masking "
+            "engine"
+        )
+    if x.dim() != 2 or x.dtype != up.dtype:
+        raise ConfigError(
+            f"x must be [tokens, hidden] in the weights' dtype {up.dtype}, got {list(x.shape)} in {x.dtype}: flatten "
+            "the batch and cast x"
+        )
+    return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, KNOWN[activation])
+
+
+def _like_output(x: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], down.shape[0])
+
+
+truncated_ffn = torch.library.custom_op(
+    "sedac_hf::truncated_ffn", _truncated, mutates_args=(), device_types="cpu", schema=_TRUNCATED
+)
+selected_ffn = torch.library.custom_op(
+    "sedac_hf::selected_ffn", _selected, mutates_args=(), device_types="cpu", schema=_SELECTED
+)
+
+
+def triton_is_installed() -> bool:
+    """Whether the operators can run on CUDA; PyTorch brings Triton along for Linux only."""
+    return find_spec("triton") is not None
+
+
+@truncated_ffn.register_kernel("cuda")
+def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
+    weights = _weights(x, *ffn)
+    if x.shape[0] == 0:
+        return _like_output(x, weights.down)
+    _need_triton()
+    # Not at the top: a machine without a GPU need not have Triton.
+    from sedac_hf.ops.triton_truncate import truncated
+
+    return truncated(x, widths, weights, ffn[-1])
+
+
+@selected_ffn.register_kernel("cuda")
+def _selected_on_cuda(
+    x: Tensor,
+    widths: Tensor,
+    importance_min: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    deciding_bias: Tensor | None,
+    unit_norm: Tensor,
+    *ffn: Any,
+) -> Tensor:
+    shadow = (codes, scales, deciding_bias, unit_norm)
+    if not 1 <= x.shape[0] <= MOST_SELECTING_ROWS or codes.dim() != 2:
+        return _selected(x, widths, importance_min, *shadow, *ffn)
+    weights = _weights(x, *ffn)
+    _need_triton()
+    from sedac_hf.ops.triton_select import selected
+
+    return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-1])
+
+
+def _need_triton() -> None:
+    if not triton_is_installed():
+        raise ConfigError(
+            "cut FFNs on CUDA inside a captured graph need Triton, which is not installed: install it, or generate "
+            "without a static cache (the eager engines run in plain PyTorch)"
+        )
+
+
+@truncated_ffn.register_fake
+def _(x: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+    return _like_output(x, down)
+
+
+@selected_ffn.register_fake
+def _(
+    x: Tensor,
+    widths: Tensor,
+    importance_min: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    deciding_bias: Tensor | None,
+    unit_norm: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    *rest: Any,
+) -> Tensor:
+    return _like_output(x, down)

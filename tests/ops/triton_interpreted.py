@@ -1,0 +1,157 @@
+"""Checks that run in Triton's interpreter. Started by test_triton.py in a process of its own: TRITON_INTERPRET=1 must
+be set before triton is imported, and then no kernel can be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from sedac_hf.errors import ConfigError
+from sedac_hf.ops import library
+from sedac_hf.ops.contract import ShadowTables
+from sedac_hf.ops.low_bit import LowBitMatrix
+from sedac_hf.ops.triton_engine import TritonFFN, triton_ffn
+from tests.cut_cases import Recorder, TableCompensation, assert_as_good_as_plain
+from tests.ops.triton_cases import (
+    BASE,
+    SELECT,
+    SELECT_CASES,
+    TRUNCATE_CASES,
+    Case,
+    Engines,
+    Problem,
+    check,
+    check_broken_rows,
+    check_neighbours,
+    check_rounding,
+)
+from tests.ops.triton_mutants import SELECT_MUTANTS, TRUNCATE_MUTANTS, Mutant, engines_with
+
+
+@triton.jit
+def _steps(COUNT, n):
+    count = 0
+    for _ in range(0, n, 2):
+        count += 1
+    tl.store(COUNT, count)
+
+
+try:
+    _steps[(1,)](torch.zeros(1, dtype=torch.int32), 5)
+except Exception as error:  # of Triton 3.6 with NumPy 2.4, for one
+    pytest.skip(f"this Triton's interpreter does not run with this NumPy: {error}", allow_module_level=True)
+
+ENGINES = Engines.load()
+RELU = replace(SELECT, activation="relu", gated=False)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with np.errstate(all="ignore"):  # NaN in, NaN out
+        yield
+
+
+@pytest.mark.parametrize("case", TRUNCATE_CASES + SELECT_CASES, ids=str)
+def test_equals_masking(case: Case) -> None:
+    check(ENGINES, case)
+
+
+@pytest.mark.parametrize("case", [BASE, SELECT, RELU], ids=["truncate", "select", "relu"])
+def test_broken_rows_stay_broken_and_alone(case: Case) -> None:
+    check_broken_rows(ENGINES, case)
+
+
+@pytest.mark.parametrize("case", [BASE, SELECT], ids=["truncate", "select"])
+def test_bits_do_not_depend_on_neighbours(case: Case) -> None:
+    check_neighbours(ENGINES, case)
+
+
+def test_rows_are_rounded_as_the_definition_says() -> None:
+    check_rounding(ENGINES)
+
+
+def test_rows_of_a_wider_input_are_read_in_place() -> None:
+    problem = Problem.of(BASE)
+    wide = torch.cat([problem.x, problem.x + 1], dim=1)
+    strided = replace(problem, x=wide[:, : BASE.d])
+    assert torch.equal(ENGINES.run(BASE, strided), ENGINES.run(BASE, problem))
+
+
+@pytest.mark.parametrize("case", [BASE, SELECT, replace(SELECT, widths=(9, 8, 7, 6, 5), shares=(0.5,) * 5)], ids=str)
+def test_what_is_registered_for_cuda_is_what_is_registered_for_the_cpu(case: Case) -> None:
+    problem = Problem.of(case)
+    problem = replace(problem, x=problem.x.T.contiguous().T)  # rows that lie scattered are copied
+    w = problem.weights
+    ffn = (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias, case.activation)
+    if case.shares is None:
+        got = library._truncated_on_cuda(problem.x, problem.widths, *ffn)
+        wanted = library.truncated_ffn(problem.x, problem.widths, *ffn)
+    else:
+        chosen = (problem.x, problem.widths, problem.least, *problem.shadow, *ffn)
+        got, wanted = library._selected_on_cuda(*chosen), library.selected_ffn(*chosen)
+    torch.testing.assert_close(got, wanted)
+    assert library._truncated_on_cuda(problem.x[:0], problem.widths[:0], *ffn).shape == (0, case.d)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_as_an_engine(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.of(SELECT)
+    w, cut = problem.weights, problem.cut
+    g = torch.Generator().manual_seed(1)
+    table = torch.randn(len(cut.points), SELECT.d, generator=g)
+    factors = (torch.randn(SELECT.d, 2, generator=g), torch.randn(2, SELECT.f, generator=g))
+    compensation = TableCompensation(table, {1: factors} if low_rank else {})
+    record = Recorder()
+    cut = replace(cut, compensation=compensation, record=record)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    kernel = TritonFFN(w, ShadowTables(*problem.shadow))
+    monkeypatch.undo()
+    assert kernel.accepts(problem.x)
+    assert not kernel.accepts(problem.x.half())
+    assert_as_good_as_plain(triton_ffn(problem.x, kernel, cut), problem.x, w, cut)
+    used = problem.used()
+    read = int(used.any(0).sum())
+    wanted = {"engine": "triton", "tokens": 3, "needed": int(used.sum()), "read": read, "computed": 3 * read}
+    assert record.calls == [wanted]
+
+
+def test_a_shadow_of_other_bits_and_too_many_rows_are_refused() -> None:
+    problem = Problem.of(SELECT)
+    select = ENGINES.modules["triton_select"]
+    other = LowBitMatrix.quantize(problem.weights.up, bits=8)
+    shadow = ShadowTables(other.codes, other.scales, None, problem.shadow[3])
+    with pytest.raises(ConfigError, match="4-bit shadow"):
+        select.selected(problem.x, problem.widths, problem.least, shadow, problem.weights, "silu")
+    many = replace(problem, x=problem.x.repeat(2, 1))
+    with pytest.raises(ConfigError, match="1 to 4 rows, got 6"):
+        ENGINES.run(SELECT, many)
+
+
+def checks_of(mutant: Mutant) -> Iterator[Callable[[Engines], object]]:
+    """The checks of the part that the mutant changes."""
+    if mutant.broken:
+        yield from (partial(check_broken_rows, case=case) for case in (RELU, SELECT, BASE))
+        return
+    if mutant in SELECT_MUTANTS:
+        yield check_rounding
+    cases = SELECT_CASES if mutant in SELECT_MUTANTS else TRUNCATE_CASES
+    yield from (partial(check, case=case, twice=False) for case in cases)
+
+
+@pytest.mark.parametrize("mutant", TRUNCATE_MUTANTS + SELECT_MUTANTS, ids=lambda mutant: mutant.name)
+def test_faults_are_found(mutant: Mutant, tmp_path: Path) -> None:
+    engines = engines_with(mutant, tmp_path)
+    for run in checks_of(mutant):
+        try:
+            run(engines)
+        except Exception:  # a wrong kernel may fail in any way; what counts is that it does
+            return
+    pytest.fail("every check passed")
