@@ -9,10 +9,10 @@ from sedac_hf.configuration import Cut, LayerConfig
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
-from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
+from sedac_hf.runtime.weights import decider
 from tests.tiny_models import token_ids
 
 N_LEVELS = 8
@@ -70,7 +70,7 @@ def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBan
 
 
 def _importance(runtime: SedacRuntime) -> list[Tensor]:
-    shadows = [Shadow.build(site) for site in runtime.sites]
+    shadows = [decider(site, 4) for site in runtime.sites]
     seen: dict[int, Tensor] = {}
 
     def keep(site: int, x: Tensor, h: Tensor) -> None:

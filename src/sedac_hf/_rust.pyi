@@ -12,6 +12,7 @@ __all__ = [
     "ForwardPass",
     "LinearKernel",
     "ParameterBlock",
+    "StripPlanner",
     "instruction_sets",
     "read_memory",
     "set_openmp",
@@ -106,3 +107,16 @@ class LinearKernel:
         cls, dtype: str, weight: tuple[int, int, int, int], bias: int, isa_name: str | None = None
     ) -> LinearKernel: ...
     def run(self, x: int, y: int, rows: int, threads: int) -> None: ...
+
+@final
+class StripPlanner:
+    def __new__(
+        cls,
+        tokens: NDArray[np.float64],
+        units: NDArray[np.float64],
+        prior: NDArray[np.float64],
+        measured: NDArray[np.float64] | None = None,
+    ) -> StripPlanner: ...
+    def seconds(self, tokens: int, units: int) -> float: ...
+    def strips(self, ends: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]: ...
+    def groups(self, ends: list[tuple[int, int]]) -> list[tuple[int, int, int]]: ...

@@ -160,6 +160,11 @@ def _write(model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs:
         config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
         config.base_revision = model.config.base_revision
     else:
+        if model.runtime.sharded:
+            raise LoadError(
+                "a tensor-parallel model can be saved as an adapter only: use `adapter_only=True` on one rank; its "
+                "base is the checkpoint that it was loaded from"
+            )
         state = kwargs.pop("state_dict", None)
         if state is not None:
             prefix = f"{model.base_model_prefix}."

@@ -20,6 +20,10 @@ DEFAULT_WEIGHTS = (0.3, 0.4, 0.3)
 DEFAULT_TARGETS = (0.2, 0.5, 0.8)
 DEFAULT_THRESHOLDS = (0.8, 1.0, 1.2)
 DEFAULT_N_LEVELS = 8
+DEFAULT_EXTRA_MEMORY = 0.1
+SHADOW_BITS = (4, 3, 2)
+"""Bits that a shadow may have, best first; 0 stands for none: the exact gate decides."""
+
 _MOST_PROBE_RANK = 64
 
 Cut = Literal["mask", "truncate", "select"]
@@ -93,6 +97,15 @@ def default_layer_configs(checkpoint_layers: Sequence[int]) -> tuple[LayerConfig
     )
 
 
+def check_extra_memory(value: float) -> float:
+    """The cap on extra memory, or ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise ConfigError(
+            f"`extra_memory` must be a finite share of the base's bytes of 0 or more, e.g. 0.1, got {value!r}"
+        )
+    return float(value)
+
+
 def environment_decay() -> float | None:
     """``SEDAC_CONFIDENCE_DECAY``, a number in [0, 1]; None where it is not set."""
     text = os.environ.get("SEDAC_CONFIDENCE_DECAY")
@@ -101,13 +114,13 @@ def environment_decay() -> float | None:
 
 def environment_soft_exit() -> bool | None:
     """``SEDAC_SOFT_EXIT``, 0/1, true/false, yes/no or on/off; None where it is not set."""
-    text = os.environ.get("SEDAC_SOFT_EXIT")
-    if text is None:
-        return None
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.strip().lower() not in known:
-        raise ConfigError(f"environment variable SEDAC_SOFT_EXIT must be one of {', '.join(known)}, got {text!r}")
-    return known[text.strip().lower()]
+    return _environment_flag("SEDAC_SOFT_EXIT")
+
+
+def environment_measure_costs() -> bool:
+    """``SEDAC_MEASURE_COSTS``, a flag in the same words: may FFN engines time products at first use? Default: yes."""
+    flag = _environment_flag("SEDAC_MEASURE_COSTS")
+    return True if flag is None else flag
 
 
 def environment_weights() -> tuple[float, ...] | None:
@@ -116,6 +129,16 @@ def environment_weights() -> tuple[float, ...] | None:
     if text is None:
         return None
     return tuple(_environment_number("SEDAC_LAYER_WEIGHTS", part, low=0.0) for part in text.split(","))
+
+
+def _environment_flag(name: str) -> bool | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.strip().lower() not in known:
+        raise ConfigError(f"environment variable {name} must be one of {', '.join(known)}, got {text!r}")
+    return known[text.strip().lower()]
 
 
 def _environment_number(name: str, text: str, *, low: float, high: float = math.inf) -> float:
@@ -150,6 +173,10 @@ class SedacConfig(PreTrainedConfig):
         adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".
         engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
+        extra_memory: most bytes that shadow, compensation, probes and orders may take together, as a share of the
+            base's; at calibration it decides the shadow's bits and the compensation's rank (see
+            `sedac_hf.runtime.memory`).
+        shadow_bits: of the shadow that a policy which selects was calibrated with: 4, 3, 2, or 0 (the exact gate).
         base_model_name_or_path, base_revision: where an adapter finds its base.
 
     Raises:
@@ -178,6 +205,8 @@ class SedacConfig(PreTrainedConfig):
         adaptive_thresholds: bool = False,
         controller: str = "auto",
         engine: str = "auto",
+        extra_memory: float = DEFAULT_EXTRA_MEMORY,
+        shadow_bits: int = SHADOW_BITS[0],
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         **kwargs: Any,
@@ -217,6 +246,8 @@ class SedacConfig(PreTrainedConfig):
         self.adaptive_thresholds = adaptive_thresholds
         self.controller = _one_of("controller", controller, ("auto", "rust", "python"))
         self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather", "rust"))
+        self.extra_memory = check_extra_memory(extra_memory)
+        self.shadow_bits = _one_of("shadow_bits", shadow_bits, (*SHADOW_BITS, 0))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         if base_config is not None:
@@ -303,10 +334,10 @@ def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
         raise ConfigError(f"a layer config is incomplete: {error}") from error
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...], *, optional: bool = False) -> Any:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...], *, optional: bool = False) -> Any:
     if (optional and value is None) or value in allowed:
         return value
-    raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
+    raise ConfigError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 AutoConfig.register(SedacConfig.model_type, SedacConfig, exist_ok=True)

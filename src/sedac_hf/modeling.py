@@ -90,6 +90,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             controller=config.controller,
             engine=config.engine,
             adaptive_thresholds=config.adaptive_thresholds,
+            extra_memory=config.extra_memory,
         )
         if not config.layer_configs:
             config.layer_configs = [asdict(item) for item in default_layer_configs(self.runtime.checkpoint_layers)]

@@ -76,6 +76,13 @@ class ProbeBank(nn.Module):
         """Parameters that one checkpoint's probe uses for a token."""
         return sum(p.numel() for p in next(iter(self.layers.values())).parameters())
 
+    @staticmethod
+    def bytes_of(hidden_size: int, rank: int, n_layers: int) -> int:
+        """Bytes that a bank of float32 probes would take."""
+        with torch.device("meta"):
+            bank = ProbeBank(hidden_size, rank, range(n_layers))
+        return sum(p.numel() * p.element_size() for p in bank.parameters())
+
     @classmethod
     def from_tensors(cls, layers: Sequence[int], tensors: Mapping[str, Tensor]) -> ProbeBank:
         """Probes from a state dict; sizes are read from the tensors.

@@ -33,6 +33,12 @@ def unpacked(copy: LowBitMatrix) -> list[list[int]]:
             if copy.bits == 4:
                 held = row[group * 32 : (group + 1) * 32]
                 codes += [byte % 16 - 8 for byte in held] + [byte // 16 - 8 for byte in held]
+            elif copy.bits < 4:
+                size = 8 * copy.bits
+                held = row[group * size : (group + 1) * size]
+                low = [held[i % 16] // 4 ** (i // 16) % 4 for i in range(64)]
+                high = [held[16 + i % 8] // 2 ** (i // 8) % 2 if copy.bits == 3 else 0 for i in range(64)]
+                codes += [a + 4 * b - 2 ** (copy.bits - 1) for a, b in zip(low, high, strict=True)]
             else:
                 codes += row[group * 64 : (group + 1) * 64]
         rows.append(codes[: copy.columns])

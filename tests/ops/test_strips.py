@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sedac_hf import _rust
 from sedac_hf.ops import OperatingPoint, cut_ffn
-from sedac_hf.ops import strips as engine
-from sedac_hf.ops.strips import CostModel, Strip, plan_strips
+from sedac_hf.ops import costs as cost_module
+from sedac_hf.ops.costs import CPU_COSTS, CostModel
+from sedac_hf.ops.strip_plan import PythonStripPlanner
+from sedac_hf.ops.strips import _pave
+from sedac_hf.runtime import SedacRuntime
 from tests.cut_cases import (
     N_LEVELS,
     Recorder,
@@ -24,10 +29,34 @@ from tests.cut_cases import (
     relative_error,
     site_cut,
 )
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model, token_ids
 
 # Strips cost nothing: every width that occurs becomes a cut. And: strips cost so much that there is one.
 MANY = CostModel(1e30, 1.0, 0.0, 1e30)
 ONE = CostModel(1.0, 1e30, 1e9, 1e30)
+
+
+@contextmanager
+def rates(costs: CostModel) -> Iterator[None]:
+    """Cuts by these rates alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEDAC_MEASURE_COSTS", "0")
+        patch.setattr(cost_module, "CPU_COSTS", costs)
+        cost_module.forget_tables()
+        yield
+    cost_module.forget_tables()
+
+
+@pytest.fixture
+def costs(request: pytest.FixtureRequest) -> Iterator[None]:
+    with rates(request.param):
+        yield
+
+
+in_many_strips = pytest.mark.parametrize("costs", [MANY], indirect=True, ids=["many"])
+in_many_strips_or_one = pytest.mark.parametrize("costs", [MANY, ONE], indirect=True, ids=["many", "one"])
+
 
 levels_lists = st.lists(st.integers(0, N_LEVELS), min_size=0, max_size=40)
 
@@ -39,26 +68,25 @@ levels_lists = st.lists(st.integers(0, N_LEVELS), min_size=0, max_size=40)
     d=st.integers(1, 40),
     gated=st.booleans(),
     bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    costs=st.sampled_from([MANY, ONE, engine.CPU_COSTS]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    costs=st.sampled_from([MANY, ONE, CPU_COSTS]),
+    planner=st.sampled_from([PythonStripPlanner, _rust.StripPlanner]),
     widths=st.lists(st.integers(0, 90), min_size=N_LEVELS + 1, max_size=N_LEVELS + 1),
 )
-def test_any_mixture_equals_masking(levels, f, d, gated, bias, dtype, costs, widths):
+def test_any_mixture_equals_masking(levels, f, d, gated, bias, dtype, costs, planner, widths):
     weights = random_weights(d, f, gated=gated, bias=bias, dtype=dtype, seed=f)
     x = torch.randn(len(levels), d, generator=torch.Generator().manual_seed(1)).to(dtype)
     points = tuple(OperatingPoint(min(width, f)) for width in sorted(widths))
-    cut = site_cut(levels, points)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "CPU_COSTS", costs)
+    cut = replace(site_cut(levels, points), strip_planner=planner)
+    with rates(costs):
         y = cut_ffn(x, weights, cut)
     assert_as_good_as_plain(y, x, weights, cut)
 
 
-@pytest.mark.parametrize("costs", [MANY, ONE])
+@in_many_strips_or_one
 @pytest.mark.parametrize("levels", [[5, 2, 0, 3, 5, 1], [4], [3, 3, 3], [0, 0]])
 @pytest.mark.parametrize("gated", [True, False])
-def test_units_beyond_the_widest_token_are_not_read(monkeypatch, costs, levels, gated):
-    monkeypatch.setattr(engine, "CPU_COSTS", costs)
+def test_units_beyond_the_widest_token_are_not_read(costs, levels, gated):
     d, f = 24, 64
     whole = random_weights(d, f, gated=gated)
     cut = site_cut(levels, even_points(f))
@@ -84,10 +112,9 @@ def test_units_beyond_the_widest_token_are_not_read(monkeypatch, costs, levels, 
     assert relative_error(cut_ffn(x, weights, cut), masked(x, whole, cut)) < 1e-5
 
 
-@pytest.mark.parametrize("costs", [MANY, ONE])
+@in_many_strips_or_one
 @pytest.mark.parametrize("levels", [[8, 5, 2, 0, 3, 5, 1, 8], [3, 3], [8, 8], [0], [0, 8]])
-def test_compensation_by_level(monkeypatch, costs, levels):
-    monkeypatch.setattr(engine, "CPU_COSTS", costs)
+def test_compensation_by_level(costs, levels):
     d, f, r = 24, 64, 3
     weights = random_weights(d, f)
     g = torch.Generator().manual_seed(3)
@@ -101,8 +128,8 @@ def test_compensation_by_level(monkeypatch, costs, levels):
     assert relative_error(cut_ffn(x, weights, cut), masked(x, weights, cut)) < 1e-5
 
 
-def test_a_token_does_not_depend_on_its_neighbours(monkeypatch):
-    monkeypatch.setattr(engine, "CPU_COSTS", MANY)
+@in_many_strips
+def test_a_token_does_not_depend_on_its_neighbours(costs):
     weights = random_weights(24, 64)
     x = torch.randn(9, 24, generator=torch.Generator().manual_seed(4))
     levels = [0, 1, 8, 3, 3, 7, 2, 5, 8]
@@ -112,8 +139,8 @@ def test_a_token_does_not_depend_on_its_neighbours(monkeypatch):
         assert relative_error(alone, together[token : token + 1]) < 1e-5
 
 
-def test_gradients_equal_those_of_masking(monkeypatch):
-    monkeypatch.setattr(engine, "CPU_COSTS", MANY)
+@in_many_strips
+def test_gradients_equal_those_of_masking(costs):
     levels = [0, 5, 8, 3, 3, 2]
     weights = random_weights(16, 40, dtype=torch.float64)
     tensors = [weights.gate, weights.up, weights.down, weights.down_bias]
@@ -127,53 +154,84 @@ def test_gradients_equal_those_of_masking(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_what_is_recorded(monkeypatch):
-    monkeypatch.setattr(engine, "CPU_COSTS", MANY)
+@in_many_strips
+def test_what_is_recorded(costs):
     record = Recorder()
     cut_ffn(torch.ones(4, 8), random_weights(8, 64), site_cut([2, 0, 4, 2], even_points(64), record=record))
     assert record.calls == [{"engine": "strips", "tokens": 4, "needed": 64, "read": 32, "computed": 16 * 3 + 16}]
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    runs=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), min_size=1, max_size=7),
-    flops=st.floats(1e6, 1e10),
-)
-def test_strips_cover_and_are_cheapest(runs, flops):
-    """The dynamic programme against all choices of cuts."""
-    costs = CostModel(1e9, flops, 1e-6, 1e10)
-    ends, row = [], 0
-    for width, tokens in sorted(runs, reverse=True):
-        row += tokens
-        ends.append((width, row))
-    strips = plan_strips(tuple(ends), 16, 4, 3, costs)
-    widths = sorted({width for width, _ in ends if width > 0})
-    assert [strip.lo for strip in strips] == [0, *(strip.hi for strip in strips)][: len(strips)]
-    assert (strips[-1].hi if strips else 0) == max(width for width, _ in ends)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_serves_a_stretch(dtype):
+    """FFNs of equal widths share one paving, others get their own; all under one plan."""
+    planners = []
 
-    def rows_above(width):
-        return max((end for other, end in ends if other > width), default=0)
+    class Counting(PythonStripPlanner):
+        def strips(self, ends):
+            planners.append(ends)
+            return super().strips(ends)
 
-    for strip in strips:
-        assert strip.tokens == rows_above(strip.lo)
-        assert strip.whole == rows_above(strip.hi - 1)
-
-    def price(cuts):
-        total = 0.0
-        for lo, hi in zip((0, *cuts), cuts, strict=False):
-            n = rows_above(lo)
-            total += (hi - lo) * max(3 * 16 * 4 / 1e9, 6 * 16 * n / flops) + 4 * 16 * 4 * n / 1e10 + 1e-6
-        return total
-
-    if widths:
-        cheapest = min(
-            price((*inner, widths[-1])) for k in range(len(widths)) for inner in combinations(widths[:-1], k)
-        )
-        assert price(tuple(strip.hi for strip in strips)) <= cheapest * (1 + 1e-9)
+    levels = torch.randint(0, 9, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, x = site_cut(levels, even_points(64)), torch.randn(50, 24).to(dtype)
+    narrow = tuple(OperatingPoint(point.width // 2) for point in even_points(64))
+    with rates(MANY):
+        for seed, points in enumerate((even_points(64), even_points(64), narrow, even_points(64), narrow)):
+            weights = random_weights(24, 64, dtype=dtype, seed=seed)
+            cut = replace(first, points=points, strip_planner=Counting)
+            assert_as_good_as_plain(cut_ffn(x, weights, cut), x, weights, cut)
+    assert len(planners) == 2
 
 
-def test_small_mixed_batches_get_one_strip():
-    ends = ((4096, 2), (2048, 4), (1024, 6), (512, 8))
-    assert plan_strips(ends, 1024, 4, 3, engine.CPU_COSTS) == (Strip(0, 4096, 8, 2),)
-    many = tuple((width, 64 * row) for width, row in ends)
-    assert len(plan_strips(many, 1024, 4, 3, engine.CPU_COSTS)) > 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("levels", [[], [5], [0], [0, 0, 3], [8, 8, 0], [3, 3, 5]])
+@pytest.mark.parametrize("gated", [True, False])
+def test_no_token_one_token_few_tokens(dtype, levels, gated):
+    weights = random_weights(24, 64, gated=gated, dtype=dtype)
+    x = torch.randn(len(levels), 24, generator=torch.Generator().manual_seed(4)).to(dtype)
+    for costs in (MANY, ONE):
+        cut = site_cut(levels, even_points(64))
+        with rates(costs):
+            assert_as_good_as_plain(cut_ffn(x, weights, cut), x, weights, cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [12, 300])  # few tokens: zeroed in place; many: sorted
+def test_a_large_call_is_as_good_as_plain_and_repeats_to_the_bit(dtype, n):
+    weights = random_weights(48, 320, dtype=dtype)
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(n, 48, generator=g).to(dtype)
+    levels = torch.randint(0, 9, (n,), generator=g).tolist()
+    results = []
+    for planner in (None, _rust.StripPlanner, _rust.StripPlanner):
+        cut = replace(site_cut(levels, even_points(320)), strip_planner=planner)
+        results.append(cut_ffn(x, weights, cut))
+        assert_as_good_as_plain(results[-1], x, weights, cut)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@in_many_strips_or_one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_that_a_token_does_not_use_may_be_infinite(costs, dtype):
+    """A product with 0 would let an inf or NaN of an unused unit through."""
+    weights = random_weights(24, 64, dtype=dtype)
+    clean = replace(weights, up=weights.up.clone())
+    weights.up[40:] = float("inf")
+    levels = [8, 5, 2, 5, 1, 0, 4, 5] * 10
+    x = torch.randn(80, 24, generator=torch.Generator().manual_seed(7)).to(dtype)
+    for few in (80, 8):
+        cut, untouched = site_cut(levels[:few], even_points(64)), [i for i in range(few) if levels[i] < 8]
+        got, wanted = (cut_ffn(x[:few], w, cut)[untouched] for w in (weights, clean))
+        assert relative_error(got, wanted) < 1e-6
+
+
+def test_the_runtime_hands_the_compiled_planner_on():
+    runtime = SedacRuntime(tiny_model("llama"))
+    runtime.install(random_policy(runtime, "truncate"))
+    seen = set()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sedac_hf.ops.strips._pave", lambda *a, **k: seen.add(a[1].strip_planner) or _pave(*a, **k))
+        runtime.model(token_ids(2, 40))
+    assert seen == {_rust.StripPlanner}
+    assert runtime.stats().engines["strips"] > 0
+    assert SedacRuntime(tiny_model("llama"), controller="python").strip_planner is None

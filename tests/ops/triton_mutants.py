@@ -59,7 +59,6 @@ TRUNCATE_MUTANTS: tuple[Mutant, ...] = (
 
 SELECT_MUTANTS: tuple[Mutant, ...] = (
     Mutant("halves away from even", "triton_select", "+ _ROUNDING - _ROUNDING", "+ 0.5"),
-    Mutant("zero rows divided", "triton_select", "scale == 0.0", "scale < 0.0"),
     Mutant("broken rows rounded", "triton_select", "tl.where(whole, scale, float(\"nan\"))", "scale"),
     Mutant("x shifted", "triton_select", ".to(tl.float32), 0.0)", ".to(tl.float32) + 1, 0.0)"),
     Mutant("a byte lost", "triton_select", "tl.static_range(8, 32, 8)", "tl.static_range(8, 24, 8)"),

@@ -11,6 +11,7 @@
 //! - [`ForwardPass`]: the state of one pass over a batch; any number may be alive at once.
 //! - [`LevelPlan`]: a batch sorted by level.
 //! - [`ParameterBlock`]: the law in whole numbers, for devices that cannot ask the host; with its oracle.
+//! - [`StripPlanner`]: where to cut the products of a sorted batch, by a [`CostGrid`] of measured times.
 //!
 //! # Usage, and what each step costs
 //!
@@ -18,7 +19,8 @@
 //! 2. [`begin`](CascadeController::begin) a pass: one allocation of 6 bytes per token.
 //! 3. [`step`](CascadeController::step) at each checkpoint: about 2 ns per token on one core, no tanh.
 //! 4. [`plan`](CascadeController::plan) the batch: about 4 ns per token.
-//! 5. Optionally [`update_threshold`](CascadeController::update_threshold): a selection over the samples and one
+//! 5. Ask a [`StripPlanner`] once per stretch and set of widths: a few microseconds.
+//! 6. Optionally [`update_threshold`](CascadeController::update_threshold): a selection over the samples and one
 //!    compare-exchange.
 //!
 //! ```
@@ -39,6 +41,7 @@
 mod accumulator;
 mod config;
 mod controller;
+mod costs;
 mod decisions;
 mod error;
 mod parallel;
@@ -47,12 +50,14 @@ mod pass;
 mod plan;
 mod resolution;
 mod schedule;
+mod strips;
 mod thresholds;
 mod twin;
 
 pub use accumulator::CONFIDENCE_FLOOR;
 pub use config::{CascadeConfig, LayerConfig, MAX_CHECKPOINTS, WEIGHT_CEILING};
 pub use controller::CascadeController;
+pub use costs::CostGrid;
 pub use decisions::{Decisions, ExitDecision};
 pub use error::Error;
 pub use parameter_block::{
@@ -62,5 +67,6 @@ pub use parameter_block::{
 pub use pass::ForwardPass;
 pub use plan::LevelPlan;
 pub use schedule::{KeepLevels, MAX_LEVELS};
+pub use strips::{RowGroup, Strip, StripPlanner, WORTH_A_CHANGE};
 pub use thresholds::THRESHOLD_FLOOR;
 pub use twin::Replay;

@@ -62,6 +62,9 @@ fn each(values: &mut [f32], function: impl Fn(f32) -> f32) {
     }
 }
 
+/// 1.5 * 2^23: adding it rounds a small number to an integer, ties to even, which the low bits then hold.
+pub(crate) const ROUNDER: f32 = 12_582_912.0;
+
 /// A number stays a number: unlike `f32::max`, a NaN is passed on.
 #[inline(always)]
 fn relu(z: f32) -> f32 {
@@ -77,7 +80,6 @@ fn relu(z: f32) -> f32 {
 /// Cody-Waite reduction and a polynomial of degree 6 (Moshier, Cephes library, `expf`).
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
     let x = x.clamp(-87.0, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUNDER;
     let n = shifted - ROUNDER;

@@ -7,6 +7,8 @@
 //!
 //! Where a unit's column of down is contiguous, only the columns of units in use are read. Where down is laid out as
 //! `nn.Linear` keeps it, hidden values are gathered first and down is read up to the widest row's width.
+//!
+//! Weights are taken to be finite: a unit that one row needs has the factor 0 for the others.
 
 use std::{cell::Cell, sync::Mutex};
 
@@ -18,7 +20,7 @@ use crate::{
     hidden::Hide,
     linear::Rows,
     matrix::Matrix,
-    products::Inputs,
+    products::{Inputs, STEP},
     rows::{split_outputs, tasks_of, widened, Parts},
     shadow::{Choose, Int8Row, Shadow},
     team::Team,
@@ -84,17 +86,20 @@ impl<T: Copy> Ffn<'_, T> {
 
     fn check(&self) -> Result<(), Error> {
         let (f, d) = (self.units(), self.hidden_size());
-        let size = |rows, columns| format!("{rows} x {columns}");
-        let (down, wanted) = match &self.down {
-            Down::Columns(down) => (size(down.rows(), down.columns()), size(f, d)),
-            Down::Rows(down) => (size(down.rows(), down.columns()), size(d, f)),
-        };
-        if down != wanted {
-            return Err(Error::size("down", wanted, down));
+        if d == 0 {
+            return Err(Error::size("up", "at least one column", d));
         }
-        if let Some(gate) = self.gate {
-            if (gate.rows(), gate.columns()) != (f, d) {
-                return Err(Error::size("gate", size(f, d), size(gate.rows(), gate.columns())));
+        let (down, down_wanted) = match &self.down {
+            Down::Columns(down) => (down, (f, d)),
+            Down::Rows(down) => (down, (d, f)),
+        };
+        for (what, matrix, wanted) in
+            [("down", Some(down), down_wanted), ("gate", self.gate.as_ref(), (f, d))]
+        {
+            let got = matrix.map_or(wanted, |matrix| (matrix.rows(), matrix.columns()));
+            if got != wanted {
+                let size = |(rows, columns)| format!("{rows} x {columns}");
+                return Err(Error::size(what, size(wanted), size(got)));
             }
         }
         for (what, bias, wanted) in
@@ -115,7 +120,8 @@ impl<T: Copy> Ffn<'_, T> {
 ///
 /// # Errors
 ///
-/// A size that does not fit, more than [`MAX_ROWS`] rows or none, or an importance without a shadow.
+/// [`Error::Size`] where something does not fit or there are no inputs, [`Error::Rows`] for more than [`MAX_ROWS`] rows
+/// or none, [`Error::NoShadow`] for an importance without a shadow.
 #[allow(clippy::too_many_arguments)] // one argument per thing that a call is about
 pub fn ffn<T: Element>(
     isa: Isa,
@@ -137,11 +143,14 @@ pub fn ffn<T: Element>(
             return Err(Error::size(what, wanted, got));
         }
     }
-    if points.iter().any(|point| point.importance_min > 0.0) {
-        let units = shadow.ok_or(Error::NoShadow)?.units();
-        if units != f {
-            return Err(Error::size("shadow", format!("{f} units"), units));
+    if let Some(shadow) = shadow {
+        let got = (shadow.units(), shadow.hidden_size());
+        if got != (f, d) {
+            let size = |(units, inputs)| format!("{units} units of {inputs} inputs");
+            return Err(Error::size("shadow", size((f, d)), size(got)));
         }
+    } else if points.iter().any(|point| point.importance_min > 0.0) {
+        return Err(Error::NoShadow);
     }
     let call = Call { isa, team, weights, shadow, points, x };
     match rows {
@@ -183,11 +192,11 @@ impl<T: Element> Call<'_, T> {
     fn run<const N: usize>(&self, y: &mut [T], hidden: Option<&mut [f32]>) -> Used {
         let mut space = WORKSPACE.take();
         let widest = self.points.iter().map(|point| point.width.min(self.weights.units())).max().unwrap_or(0);
-        let block = self.weights.units().div_ceil(BLOCKS).next_multiple_of(LANE_UNITS);
+        let block = self.weights.units().div_ceil(BLOCKS).next_multiple_of(LANE_UNITS).max(LANE_UNITS);
         let blocks = widest.div_ceil(block);
         space.chosen.resize_with(space.chosen.len().max(blocks), Vec::new);
-        self.choose(&mut space.chosen[..blocks], block, widest);
-        let wide = widened(self.x);
+        let wide = widened(self.isa, self.x);
+        self.choose(&mut space.chosen[..blocks], &wide, block, widest);
         let inputs = Inputs::<T, N>::new(self.x, &wide);
         let chosen = &space.chosen[..blocks];
         match self.weights.down {
@@ -200,27 +209,34 @@ impl<T: Element> Call<'_, T> {
                 self.by_rows(down, inputs, chosen, block, widest, hidden, y);
             }
         }
-        let needs = || chosen.iter().flatten();
-        let used =
-            Used { needed: needs().map(|(_, rows)| rows.count_ones() as usize).sum(), read: needs().count() };
+        let read = chosen.iter().map(Vec::len).sum();
+        let needed = match N {
+            1 => read,
+            _ => chosen.iter().flatten().map(|(_, rows)| rows.count_ones() as usize).sum(),
+        };
         WORKSPACE.set(space);
-        used
+        Used { needed, read }
     }
 
-    /// Fills one list per block.
-    fn choose(&self, chosen: &mut [Vec<Need>], block: usize, widest: usize) {
+    /// Fills one list per block; `wide` are the inputs.
+    fn choose(&self, chosen: &mut [Vec<Need>], wide: &[f32], block: usize, widest: usize) {
         let Some(shadow) = self.shadow.filter(|_| self.points.iter().any(|point| point.importance_min > 0.0))
         else {
             for (b, chosen) in chosen.iter_mut().enumerate() {
                 chosen.clear();
-                chosen.extend((b * block..((b + 1) * block).min(widest)).map(|unit| {
-                    let rows = self.points.iter().enumerate();
-                    (unit as u32, rows.map(|(n, point)| u8::from(unit < point.width) << n).sum())
-                }));
+                let (mut from, to) = (b * block, ((b + 1) * block).min(widest));
+                // As far as the same rows reach: this runs on one thread while the others wait.
+                while from < to {
+                    let reaching = self.points.iter().enumerate().filter(|(_, point)| point.width > from);
+                    let (rows, until) = reaching
+                        .fold((0, to), |(rows, until), (n, point)| (rows | 1 << n, until.min(point.width)));
+                    chosen.extend((from as u32..until as u32).map(|unit| (unit, rows)));
+                    from = until;
+                }
             }
             return;
         };
-        let rows: Vec<_> = self.x.chunks_exact(self.weights.hidden_size()).map(Int8Row::of).collect();
+        let rows: Vec<_> = wide.chunks_exact(self.weights.hidden_size()).map(Int8Row::of).collect();
         let lists: Vec<_> = chosen.iter_mut().map(Mutex::new).collect();
         self.team.run(lists.len(), &|b| {
             let mut chosen = lists[b].lock().expect("each task is run once");
@@ -314,7 +330,9 @@ impl<T: Element> Call<'_, T> {
         });
         drop(parts);
         let f = self.weights.units();
-        let wide = std::array::from_fn(|n| &hidden[n * f..][..widest]);
+        // Up to where a row's bits do not depend on how far the others reach.
+        let length = widest.next_multiple_of(STEP).min(f);
+        let wide = std::array::from_fn(|n| &hidden[n * f..][..length]);
         let inputs = Inputs { own: [&[] as &[T]; N], wide };
         let per_task = tasks_of(self.weights.hidden_size(), self.team);
         let outputs = split_outputs::<T, N>(y, per_task);

@@ -88,7 +88,11 @@ pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
             let second = dots(simd, [up(c), up(d)], inputs, [near[2], near[3]]);
             [first[0], first[1], second[0], second[1]]
         };
-        return std::array::from_fn(|i| finish(weights, needs[i], None, z[i]));
+        let mut values = [[0.0; N]; 4];
+        for i in 0..4 {
+            values[i] = finish(weights, needs[i], None, z[i]);
+        }
+        return values;
     };
     let gate = |unit: usize| gate.row(unit);
     if N == 1 {
@@ -109,11 +113,14 @@ pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
         [gate(d), up(d), near[2]],
         [near[3], nearer[0], nearer[1]],
     ];
-    std::array::from_fn(|i| {
+    // A plain loop: what is called through a closure of the standard library is compiled without our instructions.
+    let mut values = [[0.0; N]; 4];
+    for i in 0..4 {
         let unit = needs[i].0 as usize;
         let [g, u] = dots(simd, [gate(unit), up(unit)], inputs, ahead[i]);
-        finish(weights, needs[i], Some(g), u)
-    })
+        values[i] = finish(weights, needs[i], Some(g), u);
+    }
+    values
 }
 
 /// Hidden value of one unit for each row.

@@ -24,6 +24,13 @@ pub fn linear<T: Element>(
     y: &mut [T],
     rows: usize,
 ) -> Result<(), Error> {
+    let run = match rows {
+        1 => run::<T, 1>,
+        2 => run::<T, 2>,
+        3 => run::<T, 3>,
+        MAX_ROWS => run::<T, MAX_ROWS>,
+        got => return Err(Error::Rows { got }),
+    };
     for (what, got, wanted) in [
         ("x", x.len(), rows * weight.columns()),
         ("y", y.len(), rows * weight.rows()),
@@ -33,13 +40,7 @@ pub fn linear<T: Element>(
             return Err(Error::size(what, wanted, got));
         }
     }
-    match rows {
-        1 => run::<T, 1>(isa, team, weight, bias, x, y),
-        2 => run::<T, 2>(isa, team, weight, bias, x, y),
-        3 => run::<T, 3>(isa, team, weight, bias, x, y),
-        MAX_ROWS => run::<T, MAX_ROWS>(isa, team, weight, bias, x, y),
-        got => return Err(Error::Rows { got }),
-    }
+    run(isa, team, weight, bias, x, y);
     Ok(())
 }
 
@@ -51,7 +52,7 @@ fn run<T: Element, const N: usize>(
     x: &[T],
     y: &mut [T],
 ) {
-    let wide = widened(x);
+    let wide = widened(isa, x);
     let inputs = Inputs::<T, N>::new(x, &wide);
     let per_task = tasks_of(weight.rows(), team);
     let outputs = split_outputs::<T, N>(y, per_task);

@@ -18,8 +18,10 @@ impl<'a, T> Matrix<'a, T> {
     ///
     /// [`Error::Size`] where the rows overlap or do not fit into `data`.
     pub fn new(data: &'a [T], rows: usize, columns: usize, stride: usize) -> Result<Self, Error> {
-        let needed = if rows == 0 { 0 } else { (rows - 1) * stride + columns };
-        if stride < columns || data.len() < needed {
+        let before_last = rows.saturating_sub(1).checked_mul(stride);
+        let needed =
+            if rows == 0 { Some(0) } else { before_last.and_then(|before| before.checked_add(columns)) };
+        if stride < columns || needed.is_none_or(|needed| data.len() < needed) {
             let wanted = format!("{rows} rows of {columns}, {stride} apart");
             return Err(Error::size("data", wanted, format!("{} elements", data.len())));
         }

@@ -8,6 +8,10 @@
 
 use crate::{arch::Simd, element::Element};
 
+/// A multiple of the elements that any instruction set takes in one step: products of rows that are cut at such a place
+/// have the bits of the whole rows' products if what was cut off is 0.
+pub(crate) const STEP: usize = 64;
+
 /// Elements of `T` in one cache line.
 const fn line<T>() -> usize {
     64 / size_of::<T>()
@@ -52,6 +56,7 @@ pub(crate) fn dots_wide<S: Simd, T: Element, const R: usize, const N: usize, con
 ) -> [[f32; N]; R] {
     let length = inputs[0].len();
     let step = 2 * S::LANES;
+    const { assert!(STEP.is_multiple_of(2 * S::LANES)) };
     let whole = length / step * step;
     let rows = rows.map(|row| &row[..length]);
     let inputs = inputs.map(|x| &x[..length]);
@@ -65,7 +70,7 @@ pub(crate) fn dots_wide<S: Simd, T: Element, const R: usize, const N: usize, con
             }
         }
         for (r, row) in rows.iter().enumerate() {
-            // SAFETY: k + step <= whole <= length, which every slice has.
+            // SAFETY: k + step <= whole <= length, to which every row and input was cut above.
             unsafe {
                 let (first, second) = (T::load(simd, row, k), T::load(simd, row, k + S::LANES));
                 for (n, input) in inputs.iter().enumerate() {
@@ -107,7 +112,12 @@ pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, cons
     assert!(sums.iter().all(|sum| sum.len() == length));
     let whole = length / S::LANES * S::LANES;
     let rows = rows.map(|row| &row[..length]);
-    let splats = factors.map(|factors| factors.map(|factor| simd.splat(factor)));
+    let mut splats = [[simd.splat(0.0); N]; R];
+    for r in 0..R {
+        for n in 0..N {
+            splats[r][n] = simd.splat(factors[r][n]);
+        }
+    }
     let mut k = 0;
     while k < whole {
         if k % line::<T>() == 0 {
@@ -115,9 +125,12 @@ pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, cons
                 simd.prefetch(row, k);
             }
         }
-        // SAFETY: k + LANES <= whole <= length, which every slice has.
+        // SAFETY: k + LANES <= whole <= length, to which every row was cut and which every sum has (asserted above).
         unsafe {
-            let loaded = rows.map(|row| T::load(simd, row, k));
+            let mut loaded = [simd.splat(0.0); R];
+            for r in 0..R {
+                loaded[r] = T::load(simd, rows[r], k);
+            }
             for (n, sum) in sums.iter_mut().enumerate() {
                 let mut total = simd.load(sum, k);
                 for r in 0..R {

@@ -13,9 +13,8 @@
 use half::bf16;
 
 use crate::{
-    activation::Activation,
+    activation::{Activation, ROUNDER},
     arch::{Block, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS},
-    element::Element,
     Error,
 };
 
@@ -26,7 +25,7 @@ pub struct Shadow<'a> {
     scales: &'a [bf16],
     bias: Option<&'a [f32]>,
     unit_norm: &'a [f32],
-    groups: usize,
+    hidden_size: usize,
 }
 
 impl<'a> Shadow<'a> {
@@ -53,13 +52,19 @@ impl<'a> Shadow<'a> {
                 return Err(Error::size(what, wanted, got));
             }
         }
-        Ok(Self { codes, scales, bias, unit_norm, groups })
+        Ok(Self { codes, scales, bias, unit_norm, hidden_size })
     }
 
     /// Number of units.
     #[must_use]
     pub fn units(&self) -> usize {
         self.unit_norm.len()
+    }
+
+    /// Number of inputs of a unit.
+    #[must_use]
+    pub fn hidden_size(&self) -> usize {
+        self.hidden_size
     }
 }
 
@@ -72,22 +77,16 @@ pub(crate) struct Int8Row {
 }
 
 impl Int8Row {
-    pub(crate) fn of<T: Element>(x: &[T]) -> Self {
-        let mut scale = x.iter().fold(0.0f32, |most, v| {
-            let size = v.to_f32().abs();
-            // Not `max`, which would lose a NaN.
-            if size <= most {
-                most
-            } else {
-                size
-            }
-        });
-        scale /= 127.0;
+    pub(crate) fn of(x: &[f32]) -> Self {
+        // Compared as bits, in which order a NaN is above all numbers; and no comparison waits for the one before.
+        let most = x.iter().map(|v| v.abs().to_bits()).max().unwrap_or(0);
+        let scale = f32::from_bits(most) / 127.0;
         let divisor = if scale == 0.0 { 1.0 } else { scale };
         let mut codes = vec![[0i8; GROUP]; x.len().div_ceil(GROUP)];
         for (codes, x) in codes.iter_mut().zip(x.chunks(GROUP)) {
             for (code, v) in codes.iter_mut().zip(x) {
-                *code = (v.to_f32() / divisor).round_ties_even().clamp(-127.0, 127.0) as i8;
+                let rounded = (v / divisor).clamp(-127.0, 127.0) + ROUNDER;
+                *code = rounded.to_bits() as i8;
             }
         }
         let corrections = codes.iter().map(|codes| -8 * codes.iter().map(|&c| i32::from(c)).sum::<i32>());
@@ -150,7 +149,7 @@ fn block_importance<S: Simd>(
     row: &Int8Row,
     block: usize,
 ) -> [f32; LANE_UNITS] {
-    let groups = shadow.groups;
+    let groups = shadow.hidden_size.div_ceil(GROUP);
     let (codes, _) = shadow.codes.as_chunks();
     let (scales, _) = shadow.scales.as_chunks();
     let of_block = block * groups..(block + 1) * groups;

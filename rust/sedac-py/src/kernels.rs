@@ -2,7 +2,9 @@
 //!
 //! Tensors come as addresses: torch's bf16 has no `NumPy` type, and making views costs more than a call. Whoever makes a
 //! kernel (`sedac_hf.ops.rust_cpu` alone) keeps the tensors alive and unmoved as long as the kernel, with the sizes
-//! that it states.
+//! that it states; whoever runs it gives addresses of as many rows as it says, aligned, of which the outputs are nobody
+//! else's until the call returns (they may hold anything: the compiler knows nothing of memory from torch's allocator).
+//! Rust cannot see any of this: it is the promise that the unsafe blocks below rest on.
 
 #![allow(unsafe_code)]
 
@@ -42,7 +44,7 @@ pub(crate) fn set_openmp(address: usize) {
 pub(crate) fn read_memory(py: Python<'_>, address: usize, bytes: usize, threads: usize) -> f32 {
     py.detach(|| {
         with_team(threads, |team| {
-            // SAFETY: see the module; any bytes are `f32` numbers.
+            // SAFETY: the module's promise; any bytes are `f32` numbers.
             sedac_kernels::read(Isa::detect(), team, unsafe { slice(address, bytes / 4) })
         })
     })
@@ -204,7 +206,7 @@ impl FfnKernel {
         hidden: usize,
     ) -> Result<Used, sedac_kernels::Error> {
         let (_, units, d, _) = self.up;
-        // SAFETY: see the module.
+        // SAFETY: the module's promise. The shadow's sizes are those that `Shadow::new` asks for.
         unsafe {
             let bias = |address: usize, length: usize| (address != 0).then(|| slice::<T>(address, length));
             let down = matrix(self.down)?;
@@ -274,7 +276,7 @@ impl LinearKernel {
         rows: usize,
     ) -> Result<(), sedac_kernels::Error> {
         let (_, outputs, inputs, _) = self.weight;
-        // SAFETY: see the module.
+        // SAFETY: the module's promise.
         unsafe {
             let bias = (self.bias != 0).then(|| slice(self.bias, outputs));
             let (x, y) = (slice(x, rows * inputs), slice_mut(y, rows * outputs));

@@ -1,11 +1,11 @@
-//! The compiled module `sedac_hf._rust`: registers what [`controller`], [`parameter_block`] and [`kernels`] hold, and
-//! nothing else.
+//! The compiled module `sedac_hf._rust`: registers the classes of its modules, and nothing else.
 
 mod arrays;
 mod controller;
 mod kernels;
 mod openmp;
 mod parameter_block;
+mod strips;
 
 use pyo3::prelude::*;
 
@@ -18,4 +18,6 @@ mod _rust {
     use crate::kernels::{instruction_sets, read_memory, set_openmp, FfnKernel, LinearKernel};
     #[pymodule_export]
     use crate::parameter_block::ParameterBlock;
+    #[pymodule_export]
+    use crate::strips::StripPlanner;
 }

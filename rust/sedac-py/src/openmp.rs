@@ -34,9 +34,10 @@ impl OpenMp {
     /// None where no runtime is known.
     pub(crate) fn new(threads: usize) -> Option<Self> {
         let address = PARALLEL.load(Ordering::Relaxed);
-        // SAFETY: `sedac_hf.ops.threads` sets the address of that very symbol of a library that stays loaded.
-        (address != 0)
-            .then(|| Self { parallel: unsafe { std::mem::transmute::<usize, Parallel>(address) }, threads })
+        let symbol = std::ptr::with_exposed_provenance::<()>(address);
+        // SAFETY: `sedac_hf.ops.threads` finds the address of that very symbol, in a library that stays loaded.
+        let parallel = || unsafe { std::mem::transmute::<*const (), Parallel>(symbol) };
+        (address != 0).then(|| Self { parallel: parallel(), threads })
     }
 }
 
@@ -63,8 +64,13 @@ impl Team for OpenMp {
     }
 
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 {
+            return (0..tasks).for_each(task);
+        }
         let mut region = Region { next: AtomicUsize::new(0), tasks, task, failed: AtomicBool::new(false) };
-        let threads = self.threads.min(tasks).max(1) as c_uint;
+        // Always all of them, as torch asks for: the runtime ends the threads that a smaller team leaves out, and starts new
+        // ones for the next team.
+        let threads = self.threads as c_uint;
         // SAFETY: the runtime calls `work` with this pointer on its threads and returns when all have left it. However many
         // threads it grants, all tasks are taken.
         unsafe { (self.parallel)(work, std::ptr::from_mut(&mut region).cast(), threads, 0) };

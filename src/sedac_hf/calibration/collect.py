@@ -120,7 +120,7 @@ def collect(
         dense_perplexity=perplexity,
         power=[p.cpu() / rows for p in power],
         mean=[m.cpu() / rows for m in mean],
-        moment=[None if m is None else m.cpu() / rows for m in moment],
+        moment=[None if m is None else m.div_(rows).cpu() for m in moment],  # in place: they may be large
         importance=[_sorted_sample(values) for values in samples] if select else [],
     )
 

@@ -35,7 +35,7 @@ def prepared(runtime: SedacRuntime, dial: Dial) -> Iterator[None]:
     runtime.weights.reorder(dial.channel_order)
     try:
         if dial.cut == "select":
-            runtime.build_shadows()
+            runtime.build_shadows(dial.shadow_bits)
         yield
     finally:
         runtime.uninstall()
@@ -64,6 +64,7 @@ class Dial:
     allocation: Allocation
     compensate: Compensate
     channel_order: tuple[Tensor | None, ...] | None
+    shadow_bits: int
     probes: ProbeBank
     risk_scale: tuple[float, ...]
     risks: np.ndarray
@@ -146,6 +147,7 @@ class Dial:
             probes=self.probes,
             risk_scale=self.risk_scale,
             channel_order=self.channel_order,
+            shadow_bits=self.shadow_bits,
             compensation=self._compensation(points, constant_level),
             typical_level=int(Counter(levels.flatten().tolist()).most_common(1)[0][0]),
         )

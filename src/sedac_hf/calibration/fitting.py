@@ -14,9 +14,10 @@ from sedac_hf.calibration.law import fit_shape
 from sedac_hf.calibration.risk import fit_probes, risk_targets
 from sedac_hf.calibration.spread import HarmCurve, Reference
 from sedac_hf.calibration.text import CalibrationText
-from sedac_hf.configuration import Cut, Objective
+from sedac_hf.configuration import SHADOW_BITS, Cut, Objective
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import Window, WindowSet
+from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
 
 _STATISTICS_TOKENS = 20480  # moments and importances need no more; the probes do
@@ -48,7 +49,6 @@ def fit(
     *,
     n_levels: int,
     probe_rank: int,
-    compensation_memory: float,
     moment_bytes: int,
     seed: int,
     progress: bool,
@@ -66,8 +66,10 @@ def fit(
             "the last FFN before them: choose earlier checkpoint layers"
         )
     try:
+        probes_size = ProbeBank.bytes_of(runtime.hidden_size, probe_rank, len(runtime.checkpoint_layers))
+        shadow_bits = runtime.shadow_bits(probes_size) if select else SHADOW_BITS[0]
         if select:
-            runtime.build_shadows()
+            runtime.build_shadows(shadow_bits)
         sample = _first_windows(text.fit, _STATISTICS_TOKENS)
         statistics = collect(runtime, sample, select=select, moment_bytes=moment_bytes, progress=progress)
         first = _first_windows(text.fit, _SENSITIVITY_TOKENS)
@@ -78,7 +80,7 @@ def fit(
             compensator = no_compensation
         else:
             order, compensator, allocation = truncate_allocation(
-                runtime, statistics, first, compensation_memory, progress
+                runtime, statistics, first, n_levels, probes_size, progress
             )
         middle = threshold_for(allocation, 0.5, governed)
         points = allocation.points(middle)
@@ -99,6 +101,7 @@ def fit(
             allocation=allocation,
             compensate=compensator,
             channel_order=order,
+            shadow_bits=shadow_bits,
             probes=probes,
             risk_scale=scales,
             risks=risks,

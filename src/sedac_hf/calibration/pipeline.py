@@ -66,7 +66,6 @@ def calibrate(
     checkpoint_layers: Sequence[int] | None = None,
     fit_tokens: int = FIT_TOKENS,
     held_out_tokens: int = HELD_OUT_TOKENS,
-    compensation_memory: float = 0.1,
     moment_bytes: int = 2 << 30,
     refit_compensation: bool = True,
     seed: int = 0,
@@ -74,8 +73,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Fit the policy that needs least while perplexity on held-out calibration text rises by at most the budget.
 
-    The policy is installed in the runtime. What was fitted is kept with the runtime as long as text, seed and sizes
-    stay the same, so that a second budget or share only searches the dial.
+    The policy is installed in the runtime; what it holds in memory is within the runtime's ``extra_memory``. What was
+    fitted is kept with the runtime as long as text, seed and sizes stay the same, so that a second budget or share
+    only searches the dial.
 
     Args:
         runtime: a runtime, or a decoder (then a runtime is made and kept as long as the model's hooks).
@@ -87,7 +87,6 @@ def calibrate(
         context: tokens per window; default: what the model can read, at most 2048.
         probe_rank: default: `sedac_hf.configuration.default_probe_rank`.
         checkpoint_layers: only where a decoder is given; a runtime has its own.
-        compensation_memory: most that compensation may add, as a share of the base's parameters.
         refit_compensation: also refit compensation against the dense stream, and keep it where that wins (only for
             "throughput"; a third more time).
         moment_bytes: memory for second moments; where they need more, compensation is a bias alone.
@@ -107,6 +106,11 @@ def calibrate(
             )
     else:
         runtime = SedacRuntime(runtime, checkpoint_layers)
+    if runtime.sharded:
+        raise CalibrationError(
+            "a tensor-parallel base cannot be calibrated: a rank sees its own units alone. Calibrate in one process, "
+            "save with `adapter_only=True`, and load the adapter with `tp_plan`"
+        )
     probe_rank = default_probe_rank(runtime.hidden_size) if probe_rank is None else probe_rank
     text = make_text(
         runtime.model, tokenizer, texts, context=context, fit_tokens=fit_tokens, held_out_tokens=held_out_tokens,
@@ -117,7 +121,7 @@ def calibrate(
     runtime.uninstall()
     try:
         with evaluating(runtime.model), torch.no_grad():
-            settings = (text.fingerprint, n_levels, probe_rank, compensation_memory, moment_bytes, refit_compensation)
+            settings = (text.fingerprint, n_levels, probe_rank, runtime.extra_memory, moment_bytes, refit_compensation)
             kept = _kept(runtime, (*_fingerprint(runtime), *settings))
             if kept.dense is None:
                 kept.dense = score_held_out(runtime, text, progress, "dense perplexity")
@@ -125,7 +129,7 @@ def calibrate(
             if objective not in kept.fitted:
                 kept.fitted[objective] = fit(
                     runtime, text, objective, n_levels=n_levels, probe_rank=probe_rank, seed=seed, progress=progress,
-                    compensation_memory=compensation_memory, moment_bytes=moment_bytes,
+                    moment_bytes=moment_bytes,
                 )  # fmt: skip
             fitted = kept.fitted[objective]
             curve = fitted.curve

@@ -18,7 +18,7 @@ from sedac_hf.errors import ConfigError
 if TYPE_CHECKING:
     from sedac_hf.control.rust_engine import RustController as CascadeController
 
-__all__ = ["CascadeController", "Controller", "ForwardPass", "controller_class", "make_controller"]
+__all__ = ["CascadeController", "Controller", "ForwardPass", "controller_class", "make_controller", "strip_planner"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,3 +87,21 @@ def make_controller(
         layer_configs, alpha=alpha, confidence_decay=confidence_decay, soft_exit=soft_exit, n_levels=n_levels
     )
     return made
+
+
+def strip_planner(controller: str = "auto") -> Any:
+    """The compiled class that cuts sorted batches, for FFN engines; the contract is `ops.strip_plan.StripPlanner`.
+
+    None where the compiled module is missing or ``controller`` is "python": the engines then cut by the same rules in
+    Python.
+
+    Raises:
+        ConfigError: as `controller_class`.
+    """
+    from sedac_hf.control.python_engine import PythonController
+
+    if controller_class(controller) is PythonController:
+        return None
+    from sedac_hf.control.rust_engine import StripPlanner
+
+    return StripPlanner

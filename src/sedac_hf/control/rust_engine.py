@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sedac_hf import _rust
+from sedac_hf._rust import StripPlanner
 from sedac_hf.control.base import EngineBase
 from sedac_hf.control.checks import (
     check_array,
@@ -23,6 +24,8 @@ from sedac_hf.control.checks import (
 )
 from sedac_hf.errors import ConfigError, ControllerError
 from sedac_hf.outputs import CascadeDecisions
+
+__all__ = ["RustController", "StripPlanner"]
 
 _REFUSALS = (TypeError, ValueError, OverflowError)
 

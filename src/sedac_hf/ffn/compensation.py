@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.ffn.sharded import Shard
 from sedac_hf.ops.contract import OperatingPoint
 
 
@@ -39,6 +40,7 @@ class LevelCompensation:
         self.n_levels = n_levels
         self._bias = bias
         self._low_rank = dict(low_rank)
+        self._saved_dtype = {level: u.dtype for level, (u, _) in low_rank.items()}
         self._placed: dict[tuple[torch.device, torch.dtype, int], Tensor | tuple[Tensor, Tensor]] = {}
 
     def replaced(self, level: int, source: LevelCompensation, source_level: int) -> LevelCompensation:
@@ -50,6 +52,16 @@ class LevelCompensation:
         if source_level in source._low_rank:
             low_rank[level] = source._low_rank[source_level]
         return LevelCompensation(bias, low_rank, self.n_levels)
+
+    def part(self, shard: Shard, *, dealt: bool) -> LevelCompensation:
+        """This rank's part: the columns of its units; the ranks' ``U V h`` add up, the bias is for their sum.
+
+        dealt: whether the FFN's units are; they lie in natural order otherwise, and every level has all of them.
+        """
+        first = shard.rank * shard.held
+        columns = slice(shard.rank, None, shard.ranks) if dealt else slice(first, first + shard.held)
+        pairs = {level: (u, v[:, columns].contiguous()) for level, (u, v) in self._low_rank.items()}
+        return LevelCompensation(self._bias, pairs, self.n_levels)
 
     def check(self, hidden_size: int, points: Sequence[OperatingPoint]) -> None:
         """Raise ConfigError unless this is for an FFN of that hidden size with these points."""
@@ -77,13 +89,19 @@ class LevelCompensation:
         """(U [d, r], V [r, width]) of a level on ``like``'s device and dtype, or None."""
         if level not in self._low_rank:
             return None
+        u, v = self._low_rank[level]
+        if u.device == like.device and u.dtype == like.dtype:
+            return u, v
         key = (like.device, like.dtype, level)
         if key not in self._placed:
-            u, v = self._low_rank[level]
-            self._placed[key] = (u.to(like.device, like.dtype), v.to(like.device, like.dtype))
-        placed = self._placed[key]
-        assert isinstance(placed, tuple)
-        return placed
+            placed = (u.to(like.device, like.dtype), v.to(like.device, like.dtype))
+            if torch.promote_types(u.dtype, like.dtype) == like.dtype:  # nothing is lost: no need of both
+                self._low_rank[level] = placed
+                return placed
+            self._placed[key] = placed
+        pair = self._placed[key]
+        assert isinstance(pair, tuple)
+        return pair
 
     def parameters(self, level: int) -> int:
         """Parameters that a token at this level uses."""
@@ -92,11 +110,22 @@ class LevelCompensation:
             count += sum(t.numel() for t in self._low_rank[level])
         return count
 
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes held while a base of that dtype runs: converted once, kept twice only where that loses digits."""
+
+        def held(tensor: Tensor) -> int:
+            kept = 0 if torch.promote_types(tensor.dtype, dtype) == dtype else tensor.element_size()
+            return tensor.numel() * (kept + dtype.itemsize)
+
+        tensors = [t for pair in self._low_rank.values() for t in pair]
+        return sum(map(held, tensors if self._bias is None else [self._bias, *tensors]))
+
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Named tensors for a safetensors file."""
         tensors = {} if self._bias is None else {f"{prefix}bias": self._bias}
         for level, (u, v) in self._low_rank.items():
-            tensors[f"{prefix}{level}.u"], tensors[f"{prefix}{level}.v"] = u, v
+            dtype = self._saved_dtype[level]
+            tensors[f"{prefix}{level}.u"], tensors[f"{prefix}{level}.v"] = u.to(dtype), v.to(dtype)
         return tensors
 
     @classmethod

@@ -15,13 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from sedac_hf.ffn.linears import bias_of, is_plain, original_forward, rows, sliced, weight_of
+from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.linears import bias_of, original_forward, rows, sliced, weight_of
 from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
-from sedac_hf.ffn.slicing import slicing_is_exact
+from sedac_hf.ffn.slicing import why_masked
 from sedac_hf.ops import SiteCut, cut_ffn
-from sedac_hf.ops.tokens import compensated, is_whole, units_by_width, used_units, widest
+from sedac_hf.ops.tokens import (
+    add_level_bias,
+    add_low_rank,
+    compensated,
+    is_whole,
+    units_by_width,
+    used_units,
+    widest,
+)
+
+logger = logging.get_logger(__name__)
 
 Current = Callable[[], "SiteCut | None"]
 Whole = Callable[[Tensor], "Tensor | None"]
@@ -80,7 +92,12 @@ class _Calls:
         self.site = site
         self.current = current
         self.scratch = _Scratch()
-        self.slices = all(is_plain(linear) for linear in site.linears) and slicing_is_exact(site)
+        masked = why_masked(site)
+        if masked is not None and site.shard is not None:
+            raise UnsupportedModelError(f"the tensor-parallel FFN {site.name!r} cannot be cut: {masked}")
+        self.slices = masked is None
+        if masked is not None:
+            logger.warning_once(f"an FFN is cut by zeroing alone, which saves nothing: {masked}")
 
     def cut(self) -> SiteCut | None:
         """The cut of this call; None where every token is whole."""
@@ -138,6 +155,8 @@ class _Producer:
         f, k = self.call.site.intermediate_size, self.call.emitted(cut)
         if k >= f or args or kwargs:
             return self.original(x, *args, **kwargs)
+        if self.call.site.shard is not None:
+            x = self.call.site.shard.shared(x)
         if self.call.site.kind != "fused":
             return sliced(self.linear, x, 0, k)
         return torch.cat((sliced(self.linear, x, 0, k), sliced(self.linear, x, f, f + k)), dim=-1)
@@ -171,14 +190,26 @@ class _Consumer:
             used = used_units(cut, f, k, importance, h.device)
             flat = torch.where(used, flat, torch.zeros((), dtype=h.dtype, device=h.device))
         masked = flat.reshape(h.shape)
-        y = self.original(masked, *args, **kwargs) if k == f else self._narrow(masked)
-        y = compensated(y.reshape(n, y.shape[-1]), flat, cut).reshape(y.shape)
+        if self.call.site.shard is not None:
+            y = self._narrow(masked, cut)
+            y = add_level_bias(y.reshape(n, y.shape[-1]), cut).reshape(y.shape)
+        else:
+            y = self.original(masked, *args, **kwargs) if k == f else self._narrow(masked)
+            y = compensated(y.reshape(n, y.shape[-1]), flat, cut).reshape(y.shape)
         needed = units_by_width(cut, f) if importance is None or used is None else used.sum()
         cut.record(engine="coupled" if k < f else "mask", tokens=n, needed=needed, read=k, computed=n * k)
         return y
 
-    def _narrow(self, h: Tensor) -> Tensor:
-        return nn.functional.linear(h, rows(self.linear)[:, : h.shape[-1]], bias_of(self.linear))
+    def _narrow(self, h: Tensor, cut: SiteCut | None = None) -> Tensor:
+        """Down for k-wide input. Of a sharded FFN the ranks' sum, each with its part of ``cut``'s low-rank maps."""
+        weight, bias, shard = rows(self.linear)[:, : h.shape[-1]], bias_of(self.linear), self.call.site.shard
+        if shard is None:
+            return nn.functional.linear(h, weight, bias)
+        y = nn.functional.linear(h, weight)
+        if cut is not None:
+            y = add_low_rank(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), cut).reshape(y.shape)
+        y = shard.sum(y)
+        return y if bias is None else y + bias
 
 
 class _Owner:

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sedac_hf.ffn.linears import is_readable, weight_of
+from sedac_hf.ffn.linears import is_plain, is_readable, weight_of
 from sedac_hf.ffn.sites import FFNSite
 
 
 def lay_out_by_units(site: FFNSite) -> tuple[nn.Module, ...]:
     """Give each unit of an FFN one run of memory; returns the linears that were changed, for `lay_out_as_usual`.
 
-    Nothing is changed where a weight can't be read here, or is not on the CPU, where single units are read.
+    Nothing is changed where a weight can't be read here, is quantised, or is not on the CPU, where single units are
+    read.
     """
-    if not all(is_readable(linear) and weight_of(linear).device.type == "cpu" for linear in site.linears):
-        return ()
+    for linear in site.linears:
+        if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type == "cpu"):
+            return ()
     changed = []
     for linear in site.linears:
         if _spread_out(linear, is_down=linear is site.down):

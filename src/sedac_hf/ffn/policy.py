@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_hf.configuration import DEFAULT_ALPHA, Cut, LayerConfig, Objective
+from sedac_hf.configuration import DEFAULT_ALPHA, SHADOW_BITS, Cut, LayerConfig, Objective
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.channel_order import check_order
 from sedac_hf.ffn.compensation import LevelCompensation
@@ -35,6 +35,7 @@ class Policy:
         channel_order: per FFN int64 [f] or None (natural); None: all natural.
         compensation: per FFN; None: none at all.
         typical_level: the level that most calibration tokens were given.
+        shadow_bits: of the shadow that its thresholds on the importance are for; 0: the exact gate.
     """
 
     cut: Cut
@@ -49,6 +50,7 @@ class Policy:
     channel_order: tuple[Tensor | None, ...] | None = None
     compensation: tuple[LevelCompensation | None, ...] | None = None
     typical_level: int = 1
+    shadow_bits: int = SHADOW_BITS[0]
 
     @property
     def n_levels(self) -> int:
@@ -61,7 +63,7 @@ class Policy:
 
     def check(self, sites: Sequence[FFNSite], checkpoint_layers: Sequence[int]) -> None:
         """Raise ConfigError unless the policy is for a decoder with these FFNs and checkpoint layers."""
-        self.schedule.check([site.intermediate_size for site in sites])
+        self.schedule.check([site.total_units for site in sites])
         self._check_finite()
         layers = [item.layer_idx for item in self.layer_configs]
         if layers != list(checkpoint_layers):
@@ -81,6 +83,34 @@ class Policy:
             if item is not None:
                 item.check(site.hidden_size, row)
 
+    def dealt(self, sites: Sequence[FFNSite]) -> Policy:
+        """The policy as this process runs it: of a tensor-parallel FFN, this rank's part of every width.
+
+        An FFN whose widths cut it is put in a dealt order also where it has none of its own: a prefix of the natural
+        order would lie with the first ranks.
+        """
+        if all(site.shard is None for site in sites):
+            return self
+        rows, orders, compensations = [], [], []
+        for i, (site, row) in enumerate(zip(sites, self.schedule.points, strict=True)):
+            order = None if self.channel_order is None else self.channel_order[i]
+            compensation = None if self.compensation is None else self.compensation[i]
+            if site.shard is not None:
+                shard = site.shard
+                if order is None and any(0 < point.width < shard.units for point in row):
+                    order = torch.arange(shard.units)
+                row = tuple(point._replace(width=shard.width(point.width)) for point in row)
+                compensation = compensation and compensation.part(shard, dealt=order is not None)
+            rows.append(row)
+            orders.append(order)
+            compensations.append(compensation)
+        return dataclasses.replace(
+            self,
+            schedule=WidthSchedule(self.n_levels, tuple(rows)),
+            channel_order=tuple(orders),
+            compensation=tuple(compensations),
+        )
+
     def to_config(self) -> dict[str, Any]:
         """The part that a configuration holds, JSON types only."""
         return {
@@ -94,6 +124,7 @@ class Policy:
             "probe_rank": self.probes.rank,
             "schedule": {**self.schedule.to_dict(), "typical_level": self.typical_level},
             "risk_scale": list(self.risk_scale),
+            "shadow_bits": self.shadow_bits,
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -141,6 +172,7 @@ class Policy:
             channel_order=None if all(order is None for order in orders) else orders,
             compensation=None if all(item is None for item in compensation) else compensation,
             typical_level=int(config["schedule"].get("typical_level", 1)),
+            shadow_bits=config["shadow_bits"],
         )
 
 

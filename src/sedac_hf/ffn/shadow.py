@@ -4,7 +4,8 @@
     z            = shadow(gate) int8(x) + gate_bias       (plain MLP: up in the gate's place)
 
 A shadow is made from the weights when a policy that selects is calibrated or loaded; it is deterministic and never
-saved. Where the weights are low-bit or odd themselves, `ExactGate` decides by the gate itself.
+saved. Int8 and float8 weights are read as the numbers they stand for. Where the weights are low-bit or odd
+themselves, `ExactGate` decides by the gate itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import is_plain, sliced, weight_of
+from sedac_hf.ffn.linears import bias_of, describe, norms, sliced, slices_of, weight_of
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
@@ -52,6 +53,20 @@ class Shadow:
         deciding, bias = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
         bias = None if bias is None else bias.detach().float().clone()
         return cls(LowBitMatrix.quantize(deciding, bits), bias, unit_norms(weights), weights.activation)
+
+    @staticmethod
+    def bytes_for(site: FFNSite, bits: int) -> int:
+        """Bytes that a shadow of the site would hold; 0 where none can be made."""
+        f = site.intermediate_size
+        if not _can_be_read(site):
+            return 0
+        biased = bias_of(site.up if site.gate is None else site.gate) is not None
+        return LowBitMatrix.bytes_of(f, site.hidden_size, bits) + (8 if biased else 4) * f
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return self.bytes
 
     @property
     def bytes(self) -> int:
@@ -101,14 +116,15 @@ class ExactGate:
         self.linear = site.up if site.gate is None else site.gate
         self.activation = site.activation
         self._original: Callable[[Tensor], Tensor] = self.linear.forward
-        self.unit_norm = _probed_unit_norms(site)
+        self.unit_norm = unit_norms(site.weights()) if _can_be_read(site) else _probed_unit_norms(site)
         self.multiply_adds = site.hidden_size * site.intermediate_size
-        self.bytes = 2 * self.multiply_adds  # as a bf16 base holds it, like all of the needed share
+        self.bytes = 2 * self.multiply_adds  # read; as a bf16 base holds it, like all of the needed share
+        self.held_bytes = 4 * self.unit_norm.numel()
 
     def importance(self, x: Tensor) -> Tensor:
         """Importance of each unit for x [n, d] -> float32 [n, f]; no gradient."""
         with torch.no_grad():
-            if is_plain(self.linear) and not weight_of(self.linear).is_meta:
+            if slices_of(self.linear).prefix and not weight_of(self.linear).is_meta:
                 f = self.site.intermediate_size
                 lo = f if self.site.kind == "fused" and not self.site.fused_gate_first else 0
                 return self.importance_of(sliced(self.linear, x, lo, lo + f))
@@ -129,22 +145,22 @@ class ExactGate:
 
 def unit_norms(weights: FFNWeights) -> Tensor:
     """float32 [f]: ||up_j|| * ||down_j||, for a plain MLP ||down_j||."""
-    down: Tensor = torch.linalg.vector_norm(weights.down.detach(), dim=0, dtype=torch.float32)
-    if weights.gate is None:
-        return down
-    up: Tensor = torch.linalg.vector_norm(weights.up.detach(), dim=1, dtype=torch.float32)
-    return down * up
+    down = norms(weights.down, dim=0)
+    return down if weights.gate is None else down * norms(weights.up, dim=1)
 
 
 def _readable_weights(site: FFNSite) -> FFNWeights:
-    for linear in site.linears:
-        if not is_plain(linear) or weight_of(linear).is_meta:
-            raise UnsupportedModelError(
-                f"a shadow of {site.name!r} needs weights in float32, bfloat16 or float16 that are in memory, got "
-                f"{type(linear).__name__} ({getattr(getattr(linear, 'weight', None), 'dtype', 'no weight')}): "
-                "let the exact gate decide (ExactGate), or cut by width"
-            )
+    if not _can_be_read(site):
+        raise UnsupportedModelError(
+            f"a shadow of {site.name!r} needs weights that are in memory and can be read in slices, got "
+            f"{', '.join(dict.fromkeys(describe(linear) for linear in site.linears))}: let the exact gate decide "
+            "(ExactGate), or cut by width"
+        )
     return site.weights()
+
+
+def _can_be_read(site: FFNSite) -> bool:
+    return all(slices_of(linear).readable and not weight_of(linear).is_meta for linear in site.linears)
 
 
 def _probed_unit_norms(site: FFNSite) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.linears import bias_of, linear_shape, rows
+from sedac_hf.ffn.sharded import Shard, shard_of
 from sedac_hf.ffn.verify import Parts, named_activation, verified_formula
 from sedac_hf.ops.contract import FFNWeights
 
@@ -39,7 +40,8 @@ class FFNSite:
     kind "gated": gate, up and down; "fused": ``up`` is the one linear of gate and up, ``gate`` is None; "plain": up
     and down. Sizes come from the weights. ``activation`` is None when it can't be read. ``plain_forward``: the
     owner's forward was seen to be ``down(act(gate x) * up x)`` (plain: ``down(act(up x))``) on numbers, and
-    its weights may be read directly.
+    its weights may be read directly. ``shard``: how a tensor-parallel FFN is dealt out; its linears then count as what
+    this process holds of them.
     """
 
     layer_idx: int
@@ -54,6 +56,12 @@ class FFNSite:
     activation: Callable[[Tensor], Tensor] | None = None
     plain_forward: bool = False
     fused_gate_first: bool = field(default=True, repr=False)
+    shard: Shard | None = field(default=None, repr=False)
+
+    @property
+    def total_units(self) -> int:
+        """Units over all tensor-parallel ranks; ``intermediate_size`` counts those that this process holds."""
+        return self.intermediate_size if self.shard is None else self.shard.units
 
     @property
     def linears(self) -> tuple[nn.Module, ...]:
@@ -238,6 +246,10 @@ def _as_site(layer_idx: int, name: str, owner: nn.Module, linears: dict[str, nn.
 
 def _completed(site: FFNSite) -> FFNSite:
     """The site with its activation, and with gate and up as its owner's forward really uses them."""
+    shard = shard_of(site.name, site.linears[:-1], site.down, site.intermediate_size)
+    if shard is not None:  # no rank's weights alone give the owner's output: cut through its linears
+        activation = named_activation(site.owner)
+        return replace(site, intermediate_size=shard.held, activation=activation, shard=shard)
     for variant in _variants(site):
         activation = verified_formula(variant.owner, variant.linears, variant.parts)
         if activation is not None:

@@ -12,18 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import bias_of, close, is_readable, rows, sliced, weight_of
+from sedac_hf.ffn.linears import bias_of, close, describe, is_here, rows, sliced, slices_of, weight_of
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.verify import run_alone
+
+
+def why_masked(site: FFNSite) -> str | None:
+    """Why everything must be computed and the zeroing alone can cut this FFN; None where slices are right."""
+    for linear in site.linears:
+        if not slices_of(linear).prefix:
+            return f"it is {describe(linear)}, which cannot be read in slices"
+    return None if slicing_is_exact(site) else f"the forward of {type(site.owner).__name__} mixes the units"
 
 
 def slicing_is_exact(site: FFNSite) -> bool:
     """Whether emitting the first k units equals zeroing the others. Where that can't be tried (the weights are not
     here, the owner is a whole layer) separate linears are trusted and a fused one is not."""
     if site.plain_forward:
-        return not (site.kind == "fused" and not all(is_readable(linear) for linear in site.linears))
+        return not (site.kind == "fused" and not all(is_here(linear) for linear in site.linears))
     trusted = site.kind != "fused"
-    if not all(is_readable(linear) for linear in site.linears) or hasattr(site.owner, "_hf_hook"):
+    part = site.shard is not None
+    if not all(is_here(linear, part=part) for linear in site.linears) or hasattr(site.owner, "_hf_hook"):
         return trusted
     extra = _extra_arguments(site.owner)
     if extra is None:

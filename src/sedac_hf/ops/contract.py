@@ -6,14 +6,18 @@ A level l counts keep levels, 0..n_levels; level n_levels is the whole FFN, leve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sedac_hf.ops.strip_plan import PlannerClass
+
+T = TypeVar("T")
 
 
 class OperatingPoint(NamedTuple):
@@ -27,9 +31,19 @@ class OperatingPoint(NamedTuple):
     importance_min: float = 0.0
 
 
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether a weight is a tensor and no subclass with a life of its own."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and type(weight.data) is Tensor
+
+
+def dense(weight: Tensor) -> Tensor:
+    """A weight as an ordinary floating tensor; a copy where it is kept in another form, so ask for a part of it."""
+    return weight if is_ordinary(weight) else weight.dequantize()
+
+
 @dataclass(frozen=True)
 class FFNWeights:
-    """Views of one FFN's live weights, all in ``nn.Linear`` layout; nothing is copied.
+    """Views of one FFN's live weights, all in ``nn.Linear`` layout; nothing is copied. See ``ordinary``.
 
     gate, up: [f, d] (gate is None for a plain MLP); down: [d, f]; biases [f], [f], [d] or None.
     """
@@ -49,6 +63,14 @@ class FFNWeights:
     @property
     def intermediate_size(self) -> int:
         return self.up.shape[0]
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether all weights are ordinary tensors, whose memory a kernel may read and index.
+
+        Others (quantised) take slices and `torch.nn.functional.linear`, nothing else.
+        """
+        return all(is_ordinary(weight) for weight in (self.gate, self.up, self.down) if weight is not None)
 
     def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
         """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``."""
@@ -102,11 +124,44 @@ class LevelPlan:
         return int(self.levels[0])
 
     @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(level, lo, hi) for each level that occurs, descending: rows ``order[lo:hi]`` have that level."""
+        runs, lo = [], 0
+        for level in range(self.n_levels, -1, -1):
+            hi = int(self.at_least[level])
+            if hi > lo:
+                runs.append((level, lo, hi))
+            lo = hi
+        return tuple(runs)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the tokens come sorted, so that no row need be moved."""
+        return bool((self.order[1:] > self.order[:-1]).all())
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """int64 [n]: place of each token in ``order``."""
+        inverse = np.empty_like(self.order)
+        inverse[self.order] = np.arange(self.n_tokens, dtype=self.order.dtype)
+        return inverse
+
+    @cached_property
+    def _remembered(self) -> dict[Hashable, object]:
+        return {}
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave the first time; for what an engine works out once per stretch, not once per layer."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]  # type: ignore[return-value]
+
+    @cached_property
     def _device_copies(self) -> dict[tuple[str, torch.device], Tensor]:
         return {}
 
     def on(self, device: torch.device, what: str = "levels") -> Tensor:
-        """``levels`` or ``order`` as an int64 tensor on ``device``, copied once."""
+        """``levels``, ``order`` or ``inverse`` as an int64 tensor on ``device``, copied once."""
         key = (what, device)
         if key not in self._device_copies:
             self._device_copies[key] = torch.from_numpy(getattr(self, what).astype(np.int64)).to(device)
@@ -163,7 +218,7 @@ class SiteCut:
 
     points: one operating point per level, 0..n_levels; importance: x [n, d] -> float32 [n, f], needed where a point
     has importance_min > 0; engine: "auto" or a name in dispatch.py; kernel: the FFN's compiled kernel, if it has one
-    and may use it.
+    and may use it; strip_planner: what cuts a batch of mixed widths, None: the planner in Python.
     """
 
     points: tuple[OperatingPoint, ...]
@@ -173,6 +228,7 @@ class SiteCut:
     engine: str
     record: Record
     kernel: DecodeKernel | None = None
+    strip_planner: PlannerClass | None = None
 
     # What follows is worked out once where a cut is used again from step to step.
 

@@ -53,7 +53,10 @@ def cut_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     if x.shape[0] == 0:
         cut.record(engine="none", tokens=0, needed=0, read=0, computed=0)
         return x.new_zeros(0, weights.down.shape[0])
-    return ENGINES[choose(x, cut)](x, weights, cut)
+    engine = choose(x, cut)
+    if not weights.ordinary and engine != "reference":
+        engine = "masked"  # slices up to the widest token: all that such weights allow
+    return ENGINES[engine](x, weights, cut)
 
 
 def choose(x: Tensor, cut: SiteCut) -> str:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.ops.contract import dense
+from sedac_hf.ops.packing import GROUP, group_bytes, pack, unpack
 
-GROUP = 64
 INTERLEAVED_ROWS = 16
 _CLIPS = (1.0, 0.85, 0.7, 0.55)
 _CHUNK = 1 << 19  # weights that are quantised or expanded to float32 at a time
@@ -48,9 +49,8 @@ def int8_rows(x: Tensor) -> Int8Rows:
 class LowBitMatrix:
     """A matrix [rows, columns] in ``bits`` bits (2..8).
 
-    codes: for 4 bits uint8 [rows, groups * 32], byte i of a group holding element i (low half) and i + 32 (high
-    half), each plus 8; else int8 [rows, groups * 64]. The last group is padded with zeros. scales: bfloat16
-    [rows, groups].
+    codes: [rows, groups * bytes of a group], as `sedac_hf.ops.packing` lays them out. The last group is padded with
+    zeros. scales: bfloat16 [rows, groups].
 
     Interleaved (see `interleave`), 4-bit codes are uint8 [blocks, groups, 8, 16, 4], four bytes of each of 16 rows
     side by side, and scales [blocks, groups, 16]; rows are then padded with zeros to whole blocks.
@@ -73,8 +73,13 @@ class LowBitMatrix:
         if bits not in range(2, 9):
             raise ConfigError(f"`bits` of a low-bit copy must be in 2..8, got {bits!r}")
         step = max(1, _CHUNK // max(1, weight.shape[1]))
-        parts = [_quantized(part, bits) for part in weight.detach().split(step)]
-        codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        weight, groups = weight.detach(), -(-weight.shape[1] // GROUP)
+        shape = weight.shape[0], groups * group_bytes(bits)
+        codes = torch.empty(shape, dtype=torch.uint8 if bits <= 4 else torch.int8, device=weight.device)
+        scales = torch.empty(weight.shape[0], groups, dtype=torch.bfloat16, device=weight.device)
+        for lo in range(0, weight.shape[0], step):
+            part = slice(lo, lo + step)
+            codes[part], scales[part] = _quantized(dense(weight[part]), bits)
         return cls(codes, scales, weight.shape[1], bits, weight.shape[0])
 
     def interleave(self) -> LowBitMatrix:
@@ -98,6 +103,11 @@ class LowBitMatrix:
             interleaved=True,
         )
 
+    @staticmethod
+    def bytes_of(rows: int, columns: int, bits: int) -> int:
+        """Bytes that a copy of a matrix would take."""
+        return rows * -(-columns // GROUP) * (group_bytes(bits) + 2)
+
     @property
     def bytes(self) -> int:
         """Bytes that a full read of the copy costs."""
@@ -108,12 +118,7 @@ class LowBitMatrix:
         codes, scales = self._row_by_row(lo, self.rows if hi is None else hi)
         scales = scales.float()
         rows, groups = scales.shape
-        if self.bits == 4:
-            halves = codes.view(rows, groups, GROUP // 2)
-            # The offset goes while a code is a byte: an eighth of the memory traffic of subtracting it later.
-            values = torch.cat((halves & 15, halves >> 4), dim=-1).view(torch.int8).sub_(8).float()
-        else:
-            values = codes.view(rows, groups, GROUP).float()
+        values = unpack(codes, groups, self.bits).float()
         return values.mul_(scales[..., None]).view(rows, -1)[:, : self.columns]
 
     def product(self, x: Int8Rows, lo: int = 0, hi: int | None = None) -> Tensor:
@@ -178,8 +183,4 @@ def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         best_scale = torch.where(better, scale, best_scale)
         least = torch.where(better, error, least)
     scales = best_scale.squeeze(-1).to(torch.bfloat16)
-    if bits != 4:
-        return best_codes.to(torch.int8).view(rows, -1), scales
-    nibbles = (best_codes + 8).to(torch.uint8)
-    packed = nibbles[..., : GROUP // 2] | (nibbles[..., GROUP // 2 :] << 4)
-    return packed.view(rows, -1), scales
+    return pack(best_codes, bits), scales

@@ -1,76 +1,83 @@
-"""The strip engine for `truncate`: host-known widths, plain torch products, every weight read at most once.
+"""The strip engine for `truncate`: host-known widths, plain torch products, gate and up read at most once.
 
 A call whose tokens share one level is three products on slices. A mixed call is sorted by level (the plan did that
-once for the whole stretch); the units are cut into strips at some of the widths that occur, and strip [lo, hi) runs on
-the tokens wider than lo, a prefix of the sorted batch. Tokens that end inside a strip have the rest of it zeroed, so
-the result is exact for every choice of cuts: where to cut is a question of cost alone, answered by a small dynamic
-programme. Where strips do not pay (few tokens: reading the weights costs more than the products) it gives one strip.
+once for the whole stretch) and paved with products as `sedac_hf.ops.strip_plan` tells, once per stretch and set of
+widths. Tokens that end inside a strip or a row group have the rest of it zeroed, so the result is exact for every
+choice of cuts: where to cut is a question of cost alone (`sedac_hf.ops.costs`). Where cuts do not pay (few tokens:
+reading the weights costs more than the products) it gives one strip, which is the masked product.
 
-Low-precision partial sums are accumulated in float32; a strip's own product is rounded once to the weights' dtype.
+float32 and float64: all three matrices run in strips, and down's partial sums are added up in place. bfloat16 and
+float16: gate and up run in strips, down in row groups, one column per token (`sedac_hf.ops.columns`): an output is one
+product, accumulated inside it in float32 and rounded once. Strips of down would each be rounded, as torch has no
+product of low-precision matrices into float32 on a CPU. Where gradients are wanted, or weights are no plain tensors,
+down's strips are rounded to the weights' dtype and added up in float32.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from sedac_hf.ops.columns import TILE, fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights, SiteCut
+from sedac_hf.ops.costs import accumulates, cost_table
 from sedac_hf.ops.reference import bounded_reference_ffn
-from sedac_hf.ops.tokens import add_level_bias, compensated, level_widths, present, units_by_width
+from sedac_hf.ops.strip_plan import PythonStripPlanner, RowGroup, Strip
+from sedac_hf.ops.tokens import add_level_bias, compensated, level_widths, present, used_units
 
 
-class CostModel(NamedTuple):
-    """Rates that decide where strips are cut; only the speed depends on them.
+class Run(NamedTuple):
+    """Rows lo..hi of the sorted batch have this level, and so this width."""
 
-    bytes_per_s: reading weights; flops_per_s: products; per_strip_s: launches and calls of one more strip;
-    act_bytes_per_s: reading and accumulating activations.
-    """
-
-    bytes_per_s: float
-    flops_per_s: float
-    per_strip_s: float
-    act_bytes_per_s: float
-
-
-class Strip(NamedTuple):
-    """Units lo..hi, run by the first ``tokens`` of the sorted batch; rows from ``whole`` on end inside the strip."""
-
+    level: int
     lo: int
     hi: int
-    tokens: int
-    whole: int
+    width: int
 
 
-# Two desktop or server cores; one current data-centre GPU in half precision.
-CPU_COSTS = CostModel(15e9, 90e9, 30e-6, 10e9)
-GPU_COSTS = CostModel(3e12, 400e12, 20e-6, 2e12)
+class Paving(NamedTuple):
+    """How one batch runs through FFNs of the same widths; ``groups`` is empty where down runs in the strips too."""
+
+    runs: tuple[Run, ...]
+    strips: tuple[Strip, ...]
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows that have any unit; they come first."""
+        return self.strips[0].tokens if self.strips else 0
 
 
 def strips_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     """The cut FFN by slices and strips: x [n, d] -> [n, d]. No token may choose by importance."""
-    n, f = x.shape[0], weights.intermediate_size
-    widths = level_widths(cut, f)
+    n = x.shape[0]
+    widths = level_widths(cut, weights.intermediate_size)
     if cut.plan.uniform is not None:
         return _uniform(x, weights, cut, widths[cut.plan.uniform])
-    runs = [(widths[level], lo, hi) for level, lo, hi in present(cut.plan)]
-    if any(narrower > wider for (wider, _, _), (narrower, _, _) in pairwise(runs)):
+    runs = tuple(Run(level, lo, hi, widths[level]) for level, lo, hi in present(cut.plan))
+    if any(later.width > earlier.width for earlier, later in pairwise(runs)):
         return bounded_reference_ffn(x, weights, cut)  # widths that do not fall with the level cannot be sorted
-    matrices = 2 if weights.gate is None else 3
-    costs = CPU_COSTS if x.device.type == "cpu" else GPU_COSTS
-    ends = tuple((width, hi) for width, _, hi in runs)
-    strips = plan_strips(ends, weights.hidden_size, weights.up.element_size(), matrices, costs)
-    y = _sorted(x, weights, cut, strips, widths)
+    tracked = _is_tracked(x, weights)
+    paving = _pave(weights, cut, runs, in_groups=not tracked and not accumulates(x.dtype))
+    if n <= TILE and len(paving.strips) == 1 and len(paving.groups) <= 1:
+        y, computed = _at_once(x, weights, cut, runs[0].width, tracked=tracked), n * runs[0].width
+    else:
+        order = None if cut.plan.in_order else cut.plan.on(x.device, "order")
+        rows = x if order is None else x.index_select(0, order)
+        run = _tracked if tracked else _in_groups if paving.groups else _in_strips
+        y = run(rows, weights, cut, paving)
+        y = y if order is None else y.index_select(0, cut.plan.on(x.device, "inverse"))
+        y, computed = add_level_bias(y, cut).to(x.dtype), _computed(weights, paving)
     cut.record(
         engine="strips",
         tokens=n,
-        needed=units_by_width(cut, f),
-        read=strips[-1].hi if strips else 0,
-        computed=sum((strip.hi - strip.lo) * strip.tokens for strip in strips),
+        needed=sum(run.width * (run.hi - run.lo) for run in runs),
+        read=runs[0].width,
+        computed=computed,
     )
     return y
 
@@ -83,35 +90,117 @@ def _uniform(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int) -> Tensor
     return y
 
 
-def _sorted(
-    x: Tensor, weights: FFNWeights, cut: SiteCut, strips: tuple[Strip, ...], widths: tuple[int, ...]
-) -> Tensor:
-    n, low_precision = x.shape[0], x.dtype in (torch.bfloat16, torch.float16)
-    order = cut.plan.on(x.device, "order")
-    rows = x.index_select(0, order)
-    row_widths = None
-    y = torch.zeros(n, weights.down.shape[0], dtype=torch.float32 if low_precision else x.dtype, device=x.device)
-    maps = _LowRankMaps(cut, y if not low_precision else x)
-    for lo, hi, tokens, whole in strips:
-        h = weights.hidden(rows[:tokens], lo, hi)
-        if whole < tokens:
-            if row_widths is None:
-                levels = cut.plan.on(x.device).index_select(0, order)
-                row_widths = torch.tensor(widths, device=x.device)[levels]
-            units = torch.arange(lo, hi, device=x.device)
-            outside = units[None, :] >= row_widths[whole:tokens, None]
-            h = torch.cat((h[:whole], h[whole:].masked_fill(outside, 0)))
-        y[:tokens] += h @ weights.down[:, lo:hi].T
-        maps.gather(h, lo, hi)
-    y = maps.add_to(y)
+def _is_tracked(x: Tensor, weights: FFNWeights) -> bool:
+    """Whether the call must keep to operations that autograd and tensor subclasses know."""
+    tensors = [tensor for tensor in (weights.gate, weights.up, weights.down) if tensor is not None]
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors))
+
+
+def _pave(weights: FFNWeights, cut: SiteCut, runs: tuple[Run, ...], *, in_groups: bool) -> Paving:
+    """The paving of this batch, made once per plan, set of widths and kind of FFN."""
+    table, planner_class = cost_table(weights), cut.strip_planner or PythonStripPlanner
+
+    def make() -> Paving:
+        ends = [(run.width, run.hi) for run in runs]
+        strips = table.planner("hidden" if in_groups else "whole", planner_class).strips(ends)
+        groups = table.planner("down", planner_class).groups(_tiled(ends)) if in_groups else ()
+        return Paving(runs, tuple(Strip(*strip) for strip in strips), tuple(RowGroup(*group) for group in groups))
+
+    return cut.plan.remember((table, planner_class, in_groups, runs), make)
+
+
+def _tiled(ends: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ends with rows rounded up to whole tiles: a kernel computes the rest of its last tile anyway."""
+    last = max((row for width, row in ends if width > 0), default=0)
+    tiled: list[tuple[int, int]] = []
+    for width, row in ends:
+        row = min(-(-row // TILE) * TILE, last)
+        if width > 0 and (not tiled or row > tiled[-1][1]):  # else the wider run before it has these rows too
+            tiled.append((width, row))
+    return tiled
+
+
+def _computed(weights: FFNWeights, paving: Paving) -> int:
+    """Unit x token products spent; of matrices that ran in different pieces the mean, rounded up."""
+    in_strips = sum((strip.hi - strip.lo) * strip.tokens for strip in paving.strips)
+    if not paving.groups:
+        return in_strips
+    matrices = 2 if weights.gate is None else 3
+    in_groups = sum((group.hi - group.lo) * group.width for group in paving.groups)
+    return -(-((matrices - 1) * in_strips + in_groups) // matrices)
+
+
+def _at_once(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int, *, tracked: bool) -> Tensor:
+    """One strip for few tokens: zeroing what each of them does not use costs less than moving rows."""
+    h = weights.hidden(x, 0, width)
+    if x.device.type == "cpu" and not tracked:
+        widths = level_widths(cut, weights.intermediate_size)
+        for token, level in enumerate(cut.plan.levels.tolist()):
+            h[token, widths[level] :] = 0
+    else:
+        used = used_units(cut, weights.intermediate_size, width, None, x.device)
+        h = torch.where(used, h, torch.zeros((), dtype=h.dtype, device=h.device))
+    return compensated(functional.linear(h, weights.down[:, :width], weights.down_bias), h, cut)
+
+
+def _in_strips(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:
+    """All matrices by strips; sorted rows [n, d] -> [n, d], all but the compensation's bias."""
+    y = rows.new_zeros(rows.shape[0], weights.down.shape[0])
     if weights.down_bias is not None:
-        y = y + weights.down_bias
-    y = torch.zeros_like(y).index_copy(0, order, y)
-    return add_level_bias(y, cut).to(x.dtype)
+        y += weights.down_bias
+    maps = _LowRankMaps(cut, y)
+    for strip in paving.strips:
+        h = weights.hidden(rows[: strip.tokens], strip.lo, strip.hi)
+        if strip.whole < strip.tokens:
+            for run in paving.runs:
+                if strip.lo < run.width < strip.hi:
+                    h[run.lo : run.hi, run.width - strip.lo :] = 0
+        y[: strip.tokens].addmm_(h, weights.down[:, strip.lo : strip.hi].T)
+        maps.gather(h, strip.lo, strip.hi)
+    return maps.add_to(y)
+
+
+def _in_groups(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:
+    """Gate and up by strips, down by row groups; as `_in_strips`."""
+    units = rows.new_empty(paving.strips[-1].hi, paving.rows)
+    for lo, hi, tokens, _ in paving.strips:
+        fill_units(units[lo:hi, :tokens], rows[:tokens], weights, lo, hi)
+    columns = rows.new_empty(weights.down.shape[0], rows.shape[0])
+    for first, last, width in paving.groups:
+        for run in paving.runs:
+            lo, hi = max(run.lo, first), min(run.hi, last)
+            if lo < hi and run.width < width:
+                units[run.width : width, lo:hi] = 0
+        fill_outputs(columns[:, first:last], units[:width, first:last], weights)
+    y = columns.T.contiguous()
+    y[paving.rows :] = 0 if weights.down_bias is None else weights.down_bias
+    maps = _LowRankMaps(cut, y)
+    maps.gather(units.T, 0, paving.strips[-1].hi)
+    return maps.add_to(y)
+
+
+def _tracked(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:
+    """As `_in_strips`, by operations that autograd can follow; a low precision gives [n, d] in float32."""
+    dtype = rows.dtype if accumulates(rows.dtype) else torch.float32
+    y = torch.zeros(rows.shape[0], weights.down.shape[0], dtype=dtype, device=rows.device)
+    maps = _LowRankMaps(cut, rows)
+    for strip in paving.strips:
+        h = weights.hidden(rows[: strip.tokens], strip.lo, strip.hi)
+        if strip.whole < strip.tokens:
+            ends = [(run.hi - run.lo, run.width) for run in paving.runs if run.hi <= strip.tokens]
+            widths = torch.cat([torch.full((count,), width, device=rows.device) for count, width in ends])
+            used = torch.arange(strip.lo, strip.hi, device=rows.device)[None, :] < widths[:, None]
+            h = torch.where(used, h, torch.zeros((), dtype=h.dtype, device=h.device))
+        y[: strip.tokens] += functional.linear(h, weights.down[:, strip.lo : strip.hi])
+        maps.gather(h, strip.lo, strip.hi)
+    y = maps.add_to(y)
+    return y if weights.down_bias is None else y + weights.down_bias
 
 
 class _LowRankMaps:
-    """``U (V h)`` of each level that has such a map, gathered strip by strip; rows of one level lie together."""
+    """``U (V h)`` of each level that has such a map, gathered piece by piece; rows of one level lie together."""
 
     def __init__(self, cut: SiteCut, like: Tensor) -> None:
         self.runs: list[tuple[int, int, Tensor, Tensor]] = []
@@ -125,6 +214,7 @@ class _LowRankMaps:
                 self.sums.append(None)
 
     def gather(self, h: Tensor, lo_unit: int, hi_unit: int) -> None:
+        """Take up units lo_unit..hi_unit of the first rows: ``h`` [tokens, hi_unit - lo_unit]."""
         for i, (lo, hi, _, v) in enumerate(self.runs):
             top = min(hi_unit, v.shape[1])
             if top > lo_unit and h.shape[0] >= hi:
@@ -137,38 +227,3 @@ class _LowRankMaps:
             if total is not None:
                 y[lo:hi] += total @ u.T
         return y
-
-
-@lru_cache(maxsize=4096)
-def plan_strips(
-    ends: tuple[tuple[int, int], ...], hidden_size: int, element_size: int, matrices: int, costs: CostModel
-) -> tuple[Strip, ...]:
-    """The cheapest strips for a sorted batch.
-
-    ends: (width, row after the last token that has it), widths falling. Returns strips from unit 0 up that cover the
-    widest token; tokens of width 0 are in none.
-    """
-    last_row = {width: row for width, row in ends if width > 0}  # equal widths of two levels: the later row wins
-    cuts = [0, *sorted(last_row)]
-    tokens_above = [last_row[cuts[i + 1]] for i in range(len(cuts) - 1)]  # tokens wider than cuts[i]
-
-    def cost(width: int, tokens: int) -> float:
-        read = matrices * hidden_size * element_size / costs.bytes_per_s
-        compute = 2 * matrices * hidden_size * tokens / costs.flops_per_s
-        traffic = 4 * hidden_size * element_size * tokens / costs.act_bytes_per_s
-        return width * max(read, compute) + traffic + costs.per_strip_s
-
-    best = [0.0] + [float("inf")] * (len(cuts) - 1)
-    previous = [0] * len(cuts)
-    for j in range(1, len(cuts)):
-        for i in range(j):
-            total = best[i] + cost(cuts[j] - cuts[i], tokens_above[i])
-            if total < best[j]:
-                best[j], previous[j] = total, i
-    strips: list[Strip] = []
-    j = len(cuts) - 1
-    while j > 0:
-        i = previous[j]
-        strips.append(Strip(cuts[i], cuts[j], tokens_above[i], tokens_above[j - 1]))
-        j = i
-    return tuple(reversed(strips))

@@ -6,8 +6,6 @@ Shapes: n tokens, d hidden size, f units; ``present`` walks the levels that occu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -19,14 +17,9 @@ def level_widths(cut: SiteCut, intermediate_size: int) -> tuple[int, ...]:
     return (0, *(min(max(point.width, 0), intermediate_size) for point in cut.points[1:]))
 
 
-def present(plan: LevelPlan) -> Iterator[tuple[int, int, int]]:
+def present(plan: LevelPlan) -> tuple[tuple[int, int, int], ...]:
     """(level, lo, hi) for each level that occurs, descending: rows ``plan.order[lo:hi]`` have that level."""
-    lo = 0
-    for level in range(plan.n_levels, -1, -1):
-        hi = int(plan.at_least[level])
-        if hi > lo:
-            yield level, lo, hi
-        lo = hi
+    return plan.runs
 
 
 def widest(cut: SiteCut, intermediate_size: int) -> int:
@@ -73,9 +66,13 @@ def compensated(y: Tensor, h: Tensor, cut: SiteCut) -> Tensor:
 
     Rows are in call order. Level n_levels gains nothing. Out of place, so that autograd and views stay safe.
     """
+    return y if cut.compensation is None else add_low_rank(add_level_bias(y, cut), h, cut)
+
+
+def add_low_rank(y: Tensor, h: Tensor, cut: SiteCut) -> Tensor:
+    """``y`` [n, d] plus ``U V h`` of each token's level, where it has one; see `compensated`."""
     if cut.compensation is None:
         return y
-    y = add_level_bias(y, cut)
     for level, lo, hi in present(cut.plan):
         factors = None if level == cut.plan.n_levels else cut.compensation.low_rank(level, y)
         if factors is None:

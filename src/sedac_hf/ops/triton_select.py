@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.contract import FFNWeights, ShadowTables
-from sedac_hf.ops.low_bit import GROUP
+from sedac_hf.ops.packing import GROUP
 from sedac_hf.ops.triton_down import covered_units, project_down
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, Launch, options, select_launch
 from sedac_hf.ops.triton_tiles import INLINE_PTX, NUMBER_OF_TOKENS, activated, hidden_tile, tile_widths

@@ -31,6 +31,7 @@ from sedac_hf.runtime.forward_pass import call_shape, current_generation
 from sedac_hf.runtime.observation import hidden_of
 
 if TYPE_CHECKING:
+    from sedac_hf.ffn.policy import Policy
     from sedac_hf.runtime.runtime import SedacRuntime
 
 logger = logging.get_logger(__name__)
@@ -59,6 +60,7 @@ class CapturedExecution(Execution):
         """Forget law, log and tables; decisions that were not replayed yet are not counted any more."""
         self.serving = False  # a compiled call of ours is running
         self.whole = False  # every FFN of it runs untouched
+        self._policy: Policy | None = None
         self._made_for: tuple[Any, ...] | None = None
         self.current = CapturedPass()
 
@@ -84,13 +86,14 @@ class CapturedExecution(Execution):
         """Make sure that the law and the tables are on the device; None, or why this runtime cannot be captured."""
         runtime = self._runtime
         weight = runtime.sites[0].down.weight
-        made_for = (id(runtime.policy), runtime.adaptive_thresholds, weight.device, weight.dtype)
-        if made_for != self._made_for:
+        made_for = (runtime.adaptive_thresholds, weight.device, weight.dtype)
+        if self._policy is not runtime.policy or made_for != self._made_for:
             why = self._obstacle()
             if why is not None:
                 return why
+            self.flush()
             self._build(weight_of(runtime.sites[0].down).device)
-            self._made_for = made_for
+            self._policy, self._made_for = runtime.policy, made_for
         self.law.upload()
         return None
 
@@ -103,14 +106,14 @@ class CapturedExecution(Execution):
         weights = [getattr(linear, "weight", None) for site in runtime.sites for linear in site.linears]
         if any(not isinstance(weight, Tensor) or weight.is_meta for weight in weights):
             return "weights of the FFNs are offloaded"
-        if any(hasattr(weight, "device_mesh") for weight in weights):
+        if any(site.shard is not None for site in runtime.sites):
             return "the weights of the FFNs are shared out over several processes"
         if len({weight.device for weight in weights if isinstance(weight, Tensor)}) > 1:
             return "the FFNs are on several devices"
         return None
 
     def _build(self, device: torch.device) -> None:
-        runtime, policy = self._runtime, self._runtime.policy
+        runtime, policy = self._runtime, self._runtime.running_policy
         assert policy is not None
         self.law = DeviceLaw(runtime.controller, device)
         self.log = DecisionLog(self.law.n_checkpoints, device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import is_readable
+from sedac_hf.ffn.linears import is_plain, is_readable
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.activations import name_of
@@ -67,7 +67,8 @@ class CapturedSite(nn.Module):
             (level, compensation.low_rank(level, like)) for level in range(len(points) - 1) if compensation is not None
         ]
         self.low_rank = [(level, *factors) for level, factors in maps if factors is not None]
-        self.activation = name_of(site.activation) if self.whole_call and site.activation is not None else None
+        plain = self.whole_call and all(is_plain(linear) for linear in site.linears)
+        self.activation = name_of(site.activation) if plain and site.activation is not None else None
         self.operator = self._operator()
 
     def _operator(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import bias_of, is_readable, original_forward, weight_of
+from sedac_hf.ffn.linears import bias_of, is_plain, is_readable, original_forward, weight_of
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
 
 _LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
@@ -72,7 +72,7 @@ class DecodeLinear:
 def decode_linears(model: nn.Module, others: set[int], usable: Callable[[Shape, int], bool]) -> Iterator[DecodeLinear]:
     """The linear maps of a model that kernels can run, without those whose ``id`` is in ``others``."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module) not in others and is_readable(module):
+        if isinstance(module, nn.Linear) and id(module) not in others and is_plain(module) and is_readable(module):
             weight = weight_of(module)
             if weight.device.type == "cpu" and weight.numel() >= _LEAST_NUMBERS:
                 yield DecodeLinear(module, usable)

@@ -174,6 +174,7 @@ class Execution:
             engine="reference" if runtime.policy is not None and runtime.policy.cut == "mask" else runtime.engine,
             record=functools.partial(self._record, i, plan, compensation, decides),
             kernel=kernel,
+            strip_planner=runtime.strip_planner,
         )
 
     def site_whole(self, i: int, x: Tensor) -> Tensor | None:
@@ -203,7 +204,7 @@ class Execution:
             compensation = None if forced.compensation is None else forced.compensation[i]
             plan = None if point is None else self._fixed_plan(state, "point", 2)
             return plan, (OperatingPoint(0), point or whole, whole), compensation
-        policy = runtime.policy
+        policy = runtime.running_policy
         if policy is None:
             return None, (), None
         compensation = None if policy.compensation is None else policy.compensation[i]

@@ -48,6 +48,8 @@ class GenerationPlanner:
         runtime = self._runtime
         if runtime.policy is None:
             return False, "not calibrated"
+        if runtime.sharded:
+            return True, "the ranks of a tensor-parallel base must choose alike, so nothing is measured"
         self._compare_kernels(rows)
         if consistent:
             return True, "asked for"

@@ -6,17 +6,18 @@ of the model is changed before `install` (or `attach`), and everything is undone
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
+from transformers.utils import logging
 
-from sedac_hf.configuration import default_checkpoint_layers
-from sedac_hf.control import make_controller
+from sedac_hf.configuration import DEFAULT_EXTRA_MEMORY, check_extra_memory, default_checkpoint_layers
+from sedac_hf.control import make_controller, strip_planner
 from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.coupled import forward_replacements
@@ -30,10 +31,13 @@ from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall
 from sedac_hf.runtime.hooks import Attachment
+from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
 from sedac_hf.runtime.stats import SedacStats, Tally
 from sedac_hf.runtime.weights import PreparedWeights
+
+logger = logging.get_logger(__name__)
 
 _LARGEST_RISK = 64.0  # log1p(KL / x0): beyond any KL over any x0 that float32 holds
 
@@ -48,6 +52,7 @@ class SedacRuntime:
         controller: "auto", "rust" or "python".
         engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
         adaptive_thresholds: move the thresholds with the risks seen at inference.
+        extra_memory: most bytes beside the base, as a share of its own (`sedac_hf.runtime.memory`).
 
     Raises:
         UnsupportedModelError: no FFN that can be cut was found.
@@ -62,6 +67,7 @@ class SedacRuntime:
         controller: str = "auto",
         engine: str = "auto",
         adaptive_thresholds: bool = False,
+        extra_memory: float = DEFAULT_EXTRA_MEMORY,
     ) -> None:
         if engine == "rust" and not available():
             raise ConfigError(
@@ -87,9 +93,12 @@ class SedacRuntime:
         self.segments = tuple(bisect_left(self.checkpoint_layers, site.layer_idx) - 1 for site in self.sites)
         self.engine = engine
         self.adaptive_thresholds = adaptive_thresholds
+        self.extra_memory = check_extra_memory(extra_memory)
         self.policy: Policy | None = None
+        self.running_policy: Policy | None = None  # the same; of a tensor-parallel base, this rank's part of it
         self.probes: ProbeBank | None = None
         self._controller_choice = controller
+        self.strip_planner = strip_planner(controller)
         self._controller: Controller | None = None
         self.weights = PreparedWeights(self.sites, kernels=engine in ("auto", "rust"))
         self._attachment: Attachment | None = None
@@ -112,6 +121,11 @@ class SedacRuntime:
         return self._controller
 
     @property
+    def sharded(self) -> bool:
+        """Whether the base is tensor parallel: then every rank must make the same calls."""
+        return any(site.shard is not None for site in self.sites)
+
+    @property
     def attached(self) -> bool:
         """Whether the model is changed at present."""
         return self._attachment is not None
@@ -120,11 +134,16 @@ class SedacRuntime:
         """Make a policy the model's: order, shadows, controller and probes, then attach.
 
         The former policy is taken out first. If something fails, the model is left bare.
+
+        Raises:
+            ConfigError: the policy does not fit the model, or its tables not into `extra_memory`.
         """
         policy.check(self.sites, self.checkpoint_layers)
+        shadow_bits = self._bits_allowed(policy)
         self.uninstall()
         try:
             self.policy = policy
+            self.running_policy = policy.dealt(self.sites)
             self.probes = policy.probes
             self._controller = make_controller(
                 policy.layer_configs,
@@ -135,9 +154,9 @@ class SedacRuntime:
                 n_levels=policy.n_levels,
             )
             self.probes_decide = self.adaptive_thresholds or _risks_matter(self._controller)
-            self.weights.reorder(policy.channel_order)
+            self.weights.reorder(self.running_policy.channel_order)
             if policy.cut == "select":
-                self.build_shadows()
+                self.build_shadows(shadow_bits)
                 self.weights.lay_out_by_units()
             self.attach()
         except BaseException:
@@ -155,20 +174,52 @@ class SedacRuntime:
             raise ConfigError("there is no policy to reschedule: calibrate first")
         if schedule.n_levels != self.policy.n_levels:
             raise ConfigError(f"`schedule` must have {self.policy.n_levels} levels, got {schedule.n_levels}")
-        schedule.check([site.intermediate_size for site in self.sites])
-        self.policy = dataclasses.replace(self.policy, schedule=schedule)
+        policy = replace(self.policy, schedule=schedule)
+        policy.check(self.sites, self.checkpoint_layers)
+        self.policy, self.running_policy = policy, policy.dealt(self.sites)
 
     def uninstall(self) -> None:
         """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""
         self.detach()
         self.captured.reset()
         self.weights.restore()
-        self.policy = self.probes = self._controller = None
+        self.policy = self.running_policy = self.probes = self._controller = None
 
-    def build_shadows(self) -> None:
-        """Make the shadows of all FFNs, from the weights as they are now."""
-        self.weights.build_shadows()
+    def build_shadows(self, bits: int | None = None) -> None:
+        """Make the shadows of all FFNs, from the weights as they are now; bits: see `Policy`, None: what fits."""
+        self.weights.build_shadows(self.shadow_bits() if bits is None else bits)
         self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
+
+    # ---------------------------------------------------------------- memory
+
+    def memory(self) -> MemoryUse:
+        """Bytes of the base and of all that is held beside it at present."""
+        return memory_use(self.model, self.policy, self.weights.shadow_bytes, self.extra_memory)
+
+    def shadow_bits(self, reserved: int = 0) -> int:
+        """The most bits of the shadows for which the cap leaves room beside ``reserved`` bytes."""
+        return shadow_bits_within(self.sites, self.memory().cap - reserved)
+
+    def _bits_allowed(self, policy: Policy) -> int:
+        """A policy's shadow bits, or 0 where the cap has no room for them; refuses tables that do not fit."""
+        use = memory_use(self.model, policy, 0, self.extra_memory)
+        remedy = "raise `extra_memory` in the SedacConfig that the model is made with, or calibrate again on this base"
+        if use.extra > use.cap:
+            raise ConfigError(
+                f"compensation ({use.compensation} bytes), probes ({use.probes}) and channel orders "
+                f"({use.channel_order}) must fit into {self.extra_memory:g} of the base's {use.base} bytes, which is "
+                f"{use.cap}: {remedy}"
+            )
+        if policy.cut != "select" or policy.shadow_bits == 0:
+            return 0
+        wanted = shadow_bytes(self.sites, policy.shadow_bits)
+        if use.extra + wanted <= use.cap:
+            return policy.shadow_bits
+        logger.warning_once(
+            f"the {policy.shadow_bits}-bit shadow needs {wanted} bytes, more than {self.extra_memory:g} of the base's "
+            f"{use.base} bytes leaves: the exact gates decide, which reads more and saves less; {remedy}"
+        )
+        return 0
 
     # ---------------------------------------------------------------- attach
 
@@ -279,7 +330,7 @@ class SedacRuntime:
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
         self.captured.flush()
-        return self.tally.snapshot()
+        return replace(self.tally.snapshot(), memory=self.memory().to_dict())
 
 
 def _risks_matter(controller: Controller) -> bool:

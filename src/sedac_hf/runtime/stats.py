@@ -22,12 +22,12 @@ NEEDED_ELEMENT_BYTES = 2  # the needed share is quoted for a bf16 base
 class SiteCost:
     """Cost of one FFN: per unit, and what deciding costs per token whatever the level.
 
-    unit_parameters: weights (and biases) of one hidden unit; element_bytes: of the running dtype.
+    unit_parameters: weights (and biases) of one hidden unit; element_bytes: that a weight is kept in.
     """
 
     units: int
     unit_parameters: int
-    element_bytes: int
+    element_bytes: float
     shadow_bytes: int = 0
     shadow_multiply_adds: int = 0
 
@@ -57,7 +57,8 @@ class SedacStats:
     Shares are of all FFNs and all tokens; padding positions of a batch run, and count, as tokens. ``needed_*``: what
     the tokens' operating points use; ``saved_*``: what this run did not spend. ``fail_safe``: token x checkpoint
     decisions sent to full width because of an unusable risk or an unreadable call. ``choices``: how often ``generate``
-    chose to cut or to run at full width, with its reason.
+    chose to cut or to run at full width, with its reason. ``memory``: bytes held, of the base and of
+    what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`).
     """
 
     tokens: int
@@ -70,6 +71,7 @@ class SedacStats:
     fail_safe: int
     engines: dict[str, int]
     choices: dict[str, int]
+    memory: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""

@@ -49,5 +49,16 @@ def print_summary(runtime: SedacRuntime, law: Mapping[str, Any], stats: SedacSta
         f"saved in these runs {stats.saved_bytes_share:.1%} of bytes, {stats.saved_multiply_adds_share:.1%} of "
         f"multiply-adds; fail-safe {stats.fail_safe}"
     )
+    held = stats.memory
+    console.print(
+        f"memory: base {_mebibytes(held['base'])}; beside it {_mebibytes(held['extra'])} "
+        f"({held['extra'] / max(held['base'], 1):.1%}, at most {_mebibytes(held['cap'])}): shadow "
+        f"{_mebibytes(held['shadow'])}, compensation {_mebibytes(held['compensation'])}, probes "
+        f"{_mebibytes(held['probes'])}, channel orders {_mebibytes(held['channel_order'])}"
+    )
     for choice, count in stats.choices.items():
         console.print(f"generate, {count} call(s): {choice}")
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.3g} MiB"

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
-from sedac_hf.ffn.linears import weight_of
+from sedac_hf.ffn.linears import stored_bytes, weight_of
 from sedac_hf.ffn.shadow import ExactGate, Shadow
+from sedac_hf.ffn.sharded import local_part
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.contract import dense
 from sedac_hf.ops.rust_cpu import CpuFFN, available
 from sedac_hf.runtime.stats import SiteCost
 
@@ -43,6 +46,14 @@ class PreparedWeights:
     @property
     def has_shadows(self) -> bool:
         return any(shadow is not None for shadow in self.shadows)
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Bytes that the deciders hold, on all ranks of a tensor-parallel base."""
+        held = 0
+        for site, shadow in zip(self.sites, self.shadows, strict=True):
+            held += 0 if shadow is None else shadow.held_bytes * (1 if site.shard is None else site.shard.ranks)
+        return held
 
     def reorder(self, orders: Sequence[Tensor | None] | None) -> None:
         """Put the units of each FFN in a new order (None: leave); if one fails, those done are taken back."""
@@ -100,13 +111,19 @@ class PreparedWeights:
             if by_units:
                 self.lay_out_by_units()
 
-    def build_shadows(self) -> None:
-        """Make the shadows of all FFNs, from the weights as they are now.
+    def natural_down(self, site: int) -> Tensor:
+        """A copy of an FFN's down matrix, float32 [d, f] on the CPU, units in natural order whatever is in place."""
+        down = dense(self.sites[site].parts()[2].detach()).float().cpu()
+        order = None if self._orders is None else self._orders[site]
+        return down.clone() if order is None else down[:, torch.argsort(order)]
+
+    def build_shadows(self, bits: int) -> None:
+        """Make the shadows of all FFNs, from the weights as they are now; 0 bits: the exact gates decide.
 
         Weights that cannot be read here (4-bit, offloaded, wrapped) get no copy: their exact gate decides.
         """
         self._kernels = self._no_kernels()
-        self.shadows = [_deciding(site) for site in self.sites]
+        self.shadows = [decider(site, bits) for site in self.sites]
         for site, shadow in zip(self.sites, self.shadows, strict=True):
             # In place of the plain layout: a shadow has no second copy either.
             if isinstance(shadow, Shadow) and self.uses_kernels and weight_of(site.down).device.type == "cpu":
@@ -133,9 +150,12 @@ class PreparedWeights:
         return tuple(_cost(site, shadow) for site, shadow in zip(self.sites, self.shadows, strict=True))
 
 
-def _deciding(site: FFNSite) -> Shadow | ExactGate:
+def decider(site: FFNSite, bits: int) -> Shadow | ExactGate:
+    """A shadow where one is wanted and can be made, else the exact gate."""
+    if bits == 0:
+        return ExactGate(site)
     try:
-        return Shadow.build(site)
+        return Shadow.build(site, bits)
     except UnsupportedModelError:
         return ExactGate(site)
 
@@ -150,11 +170,11 @@ def _kernel(site: FFNSite, shadow: Shadow | ExactGate | None) -> CpuFFN | None:
 
 def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
     matrices = 2 if site.kind == "plain" else 3
-    weight = next(iter(site.down.parameters()), None)
+    weight = next(map(local_part, site.down.parameters()), None)
     return SiteCost(
         units=site.intermediate_size,
         unit_parameters=matrices * site.hidden_size,
-        element_bytes=4 if weight is None else weight.element_size(),
+        element_bytes=4 if weight is None else stored_bytes(weight) / max(weight.numel(), 1),
         shadow_bytes=0 if shadow is None else shadow.bytes,
         shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
     )

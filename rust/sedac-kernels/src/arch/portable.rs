@@ -27,21 +27,21 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn load(self, from: &[f32], at: usize) -> Self::F32s {
-        // SAFETY: the caller\'s.
+        // SAFETY: the caller's.
         let from = unsafe { from.get_unchecked(at..at + LANES) };
         lanes(|i| from[i])
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: &[bf16], at: usize) -> Self::F32s {
-        // SAFETY: the caller\'s.
+        // SAFETY: the caller's.
         let from = unsafe { from.get_unchecked(at..at + LANES) };
         lanes(|i| f32::from_bits(u32::from(from[i].to_bits()) << 16))
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: &[f16], at: usize) -> Self::F32s {
-        // SAFETY: the caller\'s.
+        // SAFETY: the caller's.
         let from = unsafe { from.get_unchecked(at..at + LANES) };
         lanes(|i| from[i].to_f32())
     }

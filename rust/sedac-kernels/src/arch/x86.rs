@@ -1,8 +1,7 @@
 //! AVX2 with FMA and F16C, and AVX-512 with VNNI, on Ice Lake and Zen 4 machines and later; some have bf16 products.
 //!
 //! Every intrinsic below is reached through a value of [`Avx2`] or [`Avx512`], which exists only where `detect` has
-//! found the instructions; that is the reason why each call is sound, given once here. Loads and stores go through
-//! slices of the right length.
+//! found the instructions: "`self` proves" them.
 //!
 //! Measured on an AMD EPYC (Zen 4), one FFN of 896 x 4864 in bf16, a quarter of the units read: bringing the rows of
 //! the next step to the *second*-level cache while this one computes takes a third off the time; to the first-level
@@ -90,42 +89,46 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
+        // SAFETY: `self` proves the instruction.
         unsafe { _mm256_set1_ps(value) }
     }
 
     #[inline(always)]
     unsafe fn load(self, from: &[f32], at: usize) -> __m256 {
-        let from = unsafe { from.as_ptr().add(at) };
-        unsafe { _mm256_loadu_ps(from) }
+        // SAFETY: the caller has LANES elements there; `self` proves the instruction.
+        unsafe { _mm256_loadu_ps(from.as_ptr().add(at)) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: &[bf16], at: usize) -> __m256 {
-        let from = unsafe { from.as_ptr().add(at) };
+        // SAFETY: the caller has LANES elements there, which is what the load takes; `self` proves the instructions.
         unsafe {
-            let halves = _mm_loadu_si128(from.cast());
+            let halves = _mm_loadu_si128(from.as_ptr().add(at).cast());
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
         }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: &[f16], at: usize) -> __m256 {
-        let from = unsafe { from.as_ptr().add(at) };
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        // SAFETY: the caller has LANES elements there, which is what the load takes; `self` proves the instructions.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(at).cast())) }
     }
 
     #[inline(always)]
     unsafe fn store(self, value: __m256, to: &mut [f32], at: usize) {
+        // SAFETY: the caller has LANES elements there; `self` proves the instruction.
         unsafe { _mm256_storeu_ps(to.as_mut_ptr().add(at), value) }
     }
 
     #[inline(always)]
     fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: `self` proves the instruction.
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
 
     #[inline(always)]
     fn sum(self, a: __m256, b: __m256) -> f32 {
+        // SAFETY: `self` proves the instructions.
         unsafe {
             let both = _mm256_add_ps(a, b);
             let four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
@@ -143,6 +146,8 @@ impl Simd for Avx2 {
     fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
         let mut products = [0.0; LANE_UNITS];
         let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+        // SAFETY: `self` proves the instructions; codes are read through slices of 32 bytes, the 16 scales and products
+        // in two halves of 8.
         unsafe {
             let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
             let mut z = [_mm256_setzero_ps(); 2];
@@ -188,42 +193,46 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves the instruction.
         unsafe { _mm512_set1_ps(value) }
     }
 
     #[inline(always)]
     unsafe fn load(self, from: &[f32], at: usize) -> __m512 {
-        let from = unsafe { from.as_ptr().add(at) };
-        unsafe { _mm512_loadu_ps(from) }
+        // SAFETY: the caller has LANES elements there; `self` proves the instruction.
+        unsafe { _mm512_loadu_ps(from.as_ptr().add(at)) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: &[bf16], at: usize) -> __m512 {
-        let from = unsafe { from.as_ptr().add(at) };
+        // SAFETY: the caller has LANES elements there, which is what the load takes; `self` proves the instructions.
         unsafe {
-            let halves = _mm256_loadu_si256(from.cast());
+            let halves = _mm256_loadu_si256(from.as_ptr().add(at).cast());
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
         }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: &[f16], at: usize) -> __m512 {
-        let from = unsafe { from.as_ptr().add(at) };
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        // SAFETY: the caller has LANES elements there, which is what the load takes; `self` proves the instructions.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().add(at).cast())) }
     }
 
     #[inline(always)]
     unsafe fn store(self, value: __m512, to: &mut [f32], at: usize) {
+        // SAFETY: the caller has LANES elements there; `self` proves the instruction.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr().add(at), value) }
     }
 
     #[inline(always)]
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the instruction.
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
 
     #[inline(always)]
     fn sum(self, a: __m512, b: __m512) -> f32 {
+        // SAFETY: `self` proves the instruction.
         unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
     }
 
@@ -253,7 +262,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 prefetch_line(row, k);
                 prefetch_line(row, k + 32);
             }
-            // SAFETY: `BF16` was detected, k + 64 elements are there, and `__m512bh` is any 64 bytes.
+            // SAFETY: `self` with `BF16` proves the instructions. k + 64 <= whole <= d, which every row and input has
+            // (asserted above). Any 64 bytes are a `__m512bh`: 32 bf16 numbers.
             unsafe {
                 let load = |from: &[bf16], at: usize| -> __m512bh {
                     std::mem::transmute(_mm512_loadu_si512(from.as_ptr().add(at).cast()))
@@ -290,6 +300,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
         let mut products = [0.0; LANE_UNITS];
         let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+        // SAFETY: `self` proves the instructions; codes are read through slices of 64 bytes, and there are 16 scales and
+        // products.
         unsafe {
             let nibble = _mm512_set1_epi8(15);
             let mut z = _mm512_setzero_ps();

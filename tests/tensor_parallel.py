@@ -1,0 +1,83 @@
+"""What one of two ranks does: `python -m tests.tensor_parallel FOLDER`, with RANK, WORLD_SIZE, MASTER_* set.
+
+FOLDER holds, per case, a saved base and two SEDAC adapters, with the logits of one process. Results go to
+``FOLDER/rank<r>.pt``; nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from sedac_hf import SedacForCausalLM
+from sedac_hf.errors import SedacError
+from sedac_hf.ffn.linears import weight_of
+from tests.tiny_models import token_ids
+
+FAMILIES = ("llama", "starcoder2")
+GATHERED = "phi3"  # its gate and up, one linear, are gathered before down
+
+
+def run_case(folder: Path) -> dict[str, Any]:
+    """One family: dense, both cuts, generation, what is restored, what is refused."""
+    found: dict[str, Any] = {}
+    ids = token_ids()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto").eval()
+    with torch.no_grad():
+        found["dense"] = base(ids).logits
+    for cut in ("truncate", "select"):
+        model = SedacForCausalLM.from_pretrained(folder / cut, base_model=base)
+        sites = model.runtime.sites
+        with torch.no_grad():
+            found[cut] = model(ids).logits
+        found[f"{cut} with gradients on"] = model(ids).logits.detach()
+        found[f"{cut} ids"] = model.generate(ids[:1], max_new_tokens=4, do_sample=False, prompt="cut")
+        found[f"{cut} choices"] = list(model.stats().choices)
+        found[f"{cut} engines"] = model.stats().engines
+        found[f"{cut} widths"] = [
+            [point.width for point in row] for row in model.runtime.running_policy.schedule.points
+        ]
+        found[f"{cut} saved policy"] = model.runtime.policy.to_tensors()
+        found[f"{cut} down"] = [weight_of(site.down).detach().clone() for site in sites]
+        found["shards"] = [(site.shard.rank, site.shard.ranks, site.intermediate_size) for site in sites]
+        for name, call in (
+            ("calibrate", lambda model=model: model.calibrate(None, [])),
+            ("save", lambda model=model: model.save_pretrained(folder / "whole")),
+        ):
+            try:
+                call()
+                found[f"{name} refused"] = ""
+            except SedacError as error:
+                found[f"{name} refused"] = str(error)
+        base = model.unload()
+        with torch.no_grad():
+            found[f"{cut} unloaded"] = base(ids).logits
+        found["natural down"] = [weight_of(site.down).detach().clone() for site in sites]
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        results = {family: run_case(folder / family) for family in FAMILIES}
+        gathered = AutoModelForCausalLM.from_pretrained(folder / GATHERED, tp_plan="auto")
+        try:
+            SedacForCausalLM.from_base(gathered)
+        except SedacError as error:
+            results[GATHERED] = {"refused": str(error)}
+        torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
