@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from sedac_hf import adapter_files
 from sedac_hf.configuration import SedacConfig, default_layer_configs
+from sedac_hf.control import controller_class
 from sedac_hf.errors import ConfigError
 from sedac_hf.mirroring import mirrored_members
 from sedac_hf.runtime import SedacRuntime, current_generation
@@ -73,7 +74,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         for module in base_model.modules():
             module._is_hf_initialized = True  # or post_init would draw modules that somebody replaced anew
         self._is_stateful = base_model._is_stateful
-        self._can_compile_fullgraph = False  # the host controller decides inside the forward pass
+        # The law can run inside a graph where the compiled controller is there to say how.
+        capturable = hasattr(controller_class(config.controller), "parameter_block")
+        self._can_compile_fullgraph = capturable and bool(getattr(base_model, "_can_compile_fullgraph", False))
         self.main_input_name = base_model.main_input_name
         if getattr(base_model, "generation_config", None) is not None:
             self.generation_config = base_model.generation_config
@@ -283,6 +286,13 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         finally:
             current_generation.reset(token)
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` runs decode steps with where it compiles: one graph, the law on the device inside it."""
+        if getattr(self, "_compiled_for", None) != id(self):  # a copy of the model holds the other one's graph
+            self.__dict__.pop("_compiled_call", None)
+            self._compiled_for = id(self)
+        return self.runtime.captured.around(super().get_compiled_call(compile_config), self.__call__)
+
     @contextmanager
     def disable(self) -> Iterator[SedacForCausalLM]:
         """The base as it was, order and all, for the length of a ``with`` block. Not for concurrent use."""
@@ -299,6 +309,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
 
     def reset_stats(self) -> None:
         """Start the totals of `stats` again from zero."""
+        self.runtime.captured.flush()
         self.runtime.tally.reset()
 
     def print_summary(self) -> None:

@@ -6,7 +6,9 @@ use crate::{
     accumulator::{Step, Tokens},
     config::{check_threshold, check_unit_interval, CascadeConfig},
     decisions::Decisions,
+    error::check_length,
     parallel,
+    parameter_block::ParameterBlock,
     pass::ForwardPass,
     plan::LevelPlan,
     thresholds::{quantile, Thresholds},
@@ -149,6 +151,12 @@ impl CascadeController {
         })
     }
 
+    /// The law with the thresholds of this moment, in whole numbers, for a device to run.
+    #[must_use]
+    pub fn parameter_block(&self) -> ParameterBlock {
+        ParameterBlock::new(&self.config, &self.thresholds())
+    }
+
     /// Sorts a batch by level.
     pub fn plan(&self, levels: &[u8]) -> Result<LevelPlan, Error> {
         LevelPlan::new(levels, self.config.keep_levels().n_levels())
@@ -159,11 +167,4 @@ impl CascadeController {
 fn chunks_of_rows<C: Iterator>(rows: impl Iterator<Item = C>) -> impl Iterator<Item = Vec<C::Item>> {
     let mut rows: Vec<C> = rows.collect();
     std::iter::from_fn(move || rows.iter_mut().map(Iterator::next).collect())
-}
-
-fn check_length(name: &'static str, expected: usize, got: usize) -> Result<(), Error> {
-    if got == expected {
-        return Ok(());
-    }
-    Err(Error::Length { name, expected, got })
 }

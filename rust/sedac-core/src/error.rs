@@ -85,3 +85,11 @@ impl Error {
         Self::OutOfRange { field: field.into(), must, got: got.into() }
     }
 }
+
+/// An error unless `got` values are `expected`.
+pub(crate) fn check_length(name: &'static str, expected: usize, got: usize) -> Result<(), Error> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Length { name, expected, got })
+}

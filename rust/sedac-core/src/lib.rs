@@ -11,6 +11,7 @@
 //! - [`ForwardPass`]: the state of one pass over a batch; any number may be alive at once.
 //! - [`LevelPlan`]: a batch sorted by level.
 //! - [`StripPlanner`]: where to cut the products of a sorted batch, by a [`CostGrid`] of measured times.
+//! - [`ParameterBlock`]: the law in whole numbers, for devices that cannot ask the host; with its oracle.
 //!
 //! # Usage, and what each step costs
 //!
@@ -44,11 +45,14 @@ mod costs;
 mod decisions;
 mod error;
 mod parallel;
+mod parameter_block;
 mod pass;
 mod plan;
+mod resolution;
 mod schedule;
 mod strips;
 mod thresholds;
+mod twin;
 
 pub use accumulator::CONFIDENCE_FLOOR;
 pub use config::{CascadeConfig, LayerConfig, MAX_CHECKPOINTS, WEIGHT_CEILING};
@@ -56,8 +60,13 @@ pub use controller::CascadeController;
 pub use costs::CostGrid;
 pub use decisions::{Decisions, ExitDecision};
 pub use error::Error;
+pub use parameter_block::{
+    CheckpointParameters, ParameterBlock, RISK_BEYOND, RISK_BITS, RISK_UNUSABLE, STATE_FAILED, STATE_LATCHED,
+    STATE_SUNK,
+};
 pub use pass::ForwardPass;
 pub use plan::LevelPlan;
 pub use schedule::{KeepLevels, MAX_LEVELS};
 pub use strips::{RowGroup, Strip, StripPlanner, WORTH_A_CHANGE};
 pub use thresholds::THRESHOLD_FLOOR;
+pub use twin::Replay;

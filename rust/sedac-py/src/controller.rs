@@ -12,7 +12,10 @@ use numpy::{
 use pyo3::{exceptions::PyValueError, prelude::*};
 use sedac_core::{CascadeConfig, LayerConfig};
 
-use crate::arrays::{as_slice, to_py};
+use crate::{
+    arrays::{as_slice, to_py},
+    parameter_block::ParameterBlock,
+};
 
 type Layer = (u32, f32, f32, f32);
 type Outcome<'py> = (
@@ -171,6 +174,10 @@ impl CascadeController {
 
     fn set_thresholds(&self, values: PyReadonlyArray1<'_, f32>) -> PyResult<()> {
         self.0.set_thresholds(as_slice("values", &values)?).map_err(to_py)
+    }
+
+    fn parameter_block(&self, py: Python<'_>) -> ParameterBlock {
+        ParameterBlock(py.detach(|| self.0.parameter_block()))
     }
 
     fn plan<'py>(&self, py: Python<'py>, levels: PyReadonlyArray1<'py, u8>) -> PyResult<Plan<'py>> {

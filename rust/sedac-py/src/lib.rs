@@ -4,17 +4,20 @@ mod arrays;
 mod controller;
 mod kernels;
 mod openmp;
+mod parameter_block;
 mod strips;
 
 use pyo3::prelude::*;
 
-/// The compiled core of `sedac_hf`; use it through `sedac_hf.control` and `sedac_hf.ops`.
+/// The compiled core of `sedac_hf`; use it through `sedac_hf.control`.
 #[pymodule(gil_used = false)]
 mod _rust {
     #[pymodule_export]
     use crate::controller::{CascadeController, ForwardPass};
     #[pymodule_export]
     use crate::kernels::{instruction_sets, read_memory, set_openmp, FfnKernel, LinearKernel};
+    #[pymodule_export]
+    use crate::parameter_block::ParameterBlock;
     #[pymodule_export]
     use crate::strips::StripPlanner;
 }

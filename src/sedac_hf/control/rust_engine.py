@@ -90,3 +90,7 @@ class RustController(EngineBase):
         except _REFUSALS as error:
             check_array("levels", levels, np.uint8, (None,))
             raise ControllerError(str(error)) from error
+
+    def parameter_block(self) -> _rust.ParameterBlock:
+        """The law with the thresholds of this moment, in whole numbers, for `sedac_hf.control.torch_engine`."""
+        return self._core.parameter_block()

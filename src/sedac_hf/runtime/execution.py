@@ -14,7 +14,7 @@ from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
 from sedac_hf.ops.threads import begin_step, end_step
-from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass, prompt_mask
+from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass
 from sedac_hf.runtime.observation import hidden_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Execution:
         generation = current_generation.get()
         if generation is not None and generation.runtime is runtime:
             state.whole = generation.full_width
-            state.prompt = prompt_mask(*shape, dict(kwargs), generation.prompt_length)
+            state.prompt = generation.prompt_mask(*shape, dict(kwargs))
         if runtime.whole_depth or runtime.policy is None or (state.prompt is not None and bool(state.prompt.all())):
             state.whole = True
         if not state.whole:

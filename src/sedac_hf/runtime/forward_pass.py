@@ -24,6 +24,16 @@ class GenerationCall:
     full_width: bool
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
+    past_prompt: bool = False  # a call without prompt tokens was seen: no later one has any
+
+    def prompt_mask(self, batch: int, sequence: int, kwargs: dict[str, Any]) -> np.ndarray | None:
+        """`prompt_mask` of one forward call; asks the cache only until the prompt is over, for that may mean waiting
+        for the device."""
+        if self.past_prompt:
+            return None
+        mask = prompt_mask(batch, sequence, kwargs, self.prompt_length)
+        self.past_prompt = mask is None
+        return mask
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 def prompt_mask(batch: int, sequence: int, kwargs: dict[str, Any], prompt_length: int) -> np.ndarray | None:
     """bool [batch x sequence]: tokens at cache positions before ``prompt_length``; None where there are none."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))  # older and newer name
     if cache is not None and hasattr(cache, "get_seq_length"):
         start = int(cache.get_seq_length())
     else:

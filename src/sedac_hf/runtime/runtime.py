@@ -27,8 +27,8 @@ from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.rust_cpu import available
 from sedac_hf.probes import ProbeBank
+from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
-from sedac_hf.runtime.execution import Execution
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall
 from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
@@ -108,6 +108,7 @@ class SedacRuntime:
         self.probes_decide = True
         self.on_decision: OnDecision | None = None
         self.planner = GenerationPlanner(self)
+        self.captured = CapturedExecution(self)
         self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
 
     # ---------------------------------------------------------------- policy
@@ -180,6 +181,7 @@ class SedacRuntime:
     def uninstall(self) -> None:
         """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""
         self.detach()
+        self.captured.reset()
         self.weights.restore()
         self.policy = self.running_policy = self.probes = self._controller = None
 
@@ -225,7 +227,7 @@ class SedacRuntime:
         """Put hooks on the checkpoint layers and around the forward, and make the FFNs cuttable."""
         if self._attachment is not None:
             return
-        attachment, execution = Attachment(), Execution(self)
+        attachment, execution = Attachment(), self.captured.fresh()
         kernels = self.weights.uses_kernels and self.policy is not None
         try:
             attachment.around_forward(self.model, execution.begin, execution.end)
@@ -233,12 +235,14 @@ class SedacRuntime:
                 attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
             for i, site in enumerate(self.sites):
                 cut, whole = functools.partial(execution.site_cut, i), functools.partial(execution.site_whole, i)
-                attachment.replace_forwards(forward_replacements(site, cut, whole if kernels else None))
+                replacements = forward_replacements(site, cut, whole if kernels else None)
+                attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()
             if kernels:
                 ours = {id(linear) for site in self.sites for linear in site.linears}
                 self.decode_linears = tuple(decode_linears(self.model, ours, self.planner.linear_by_kernel))
-                attachment.replace_forwards((linear.module, linear.forward) for linear in self.decode_linears)
+                others = [(linear.module, linear.forward) for linear in self.decode_linears]
+                attachment.replace_forwards(execution.untouched(others))
         except BaseException:
             attachment.detach()
             raise
@@ -325,6 +329,7 @@ class SedacRuntime:
 
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
+        self.captured.flush()
         return replace(self.tally.snapshot(), memory=self.memory().to_dict())
 
 

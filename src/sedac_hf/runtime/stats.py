@@ -145,12 +145,12 @@ class Tally:
             stats.ratio_sum += float(ratio.sum(dtype=np.float64))
             self._totals.fail_safe += failed
 
-    def probe(self, parameters: int, n_tokens: int) -> None:
-        """One probe call; its weights are read once per call and used for every token."""
+    def probe(self, parameters: int, n_tokens: int, *, calls: int = 1) -> None:
+        """Calls of one probe; its weights are read once per call and used for every token."""
         with self._lock:
             totals = self._totals
             totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * parameters * n_tokens
-            totals.spent_bytes += 4 * parameters  # probes compute in float32
+            totals.spent_bytes += 4 * parameters * calls  # probes compute in float32
             totals.extra_multiply_adds += parameters * n_tokens
             totals.spent_multiply_adds += parameters * n_tokens
 
@@ -166,24 +166,25 @@ class Tally:
         shadow: bool = False,
         extra_parameters: int = 0,
         extra_read: int = 0,
+        calls: int = 1,
     ) -> None:
-        """One FFN call: units needed (summed over tokens), units read, unit x token products computed.
+        """Calls of one FFN: units needed (summed over tokens), units read, unit x token products computed.
 
-        shadow: whether this call decided by the shadow; extra_parameters: of the compensation, summed over tokens;
-        extra_read: those of the call's levels, each read once.
+        shadow: whether these calls decided by the shadow; extra_parameters: of the compensation, summed over tokens;
+        extra_read: those of a call's levels, each read once. All figures are totals over the ``calls``.
         """
         cost = self.costs[site]
         with self._lock:
             totals = self._totals
-            self._engines[engine] += 1
+            self._engines[engine] += calls
             totals.dense_needed += cost.parameters * tokens
-            totals.dense_bytes += cost.element_bytes * cost.parameters
+            totals.dense_bytes += cost.element_bytes * cost.parameters * calls
             totals.spent_bytes += cost.element_bytes * (cost.unit_parameters * read + extra_read)
             totals.spent_multiply_adds += cost.unit_parameters * computed + extra_parameters
             totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * extra_parameters
             totals.extra_multiply_adds += extra_parameters
             if shadow:
-                totals.spent_bytes += cost.shadow_bytes
+                totals.spent_bytes += cost.shadow_bytes * calls
                 totals.spent_multiply_adds += cost.shadow_multiply_adds * tokens
                 totals.needed_extra_bytes += cost.shadow_bytes * tokens
                 totals.extra_multiply_adds += cost.shadow_multiply_adds * tokens
