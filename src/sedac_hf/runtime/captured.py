@@ -103,6 +103,8 @@ class CapturedExecution(Execution):
         weights = [getattr(linear, "weight", None) for site in runtime.sites for linear in site.linears]
         if any(not isinstance(weight, Tensor) or weight.is_meta for weight in weights):
             return "weights of the FFNs are offloaded"
+        if any(hasattr(weight, "device_mesh") for weight in weights):
+            return "the weights of the FFNs are shared out over several processes"
         if len({weight.device for weight in weights if isinstance(weight, Tensor)}) > 1:
             return "the FFNs are on several devices"
         return None

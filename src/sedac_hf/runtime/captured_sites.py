@@ -50,7 +50,9 @@ class CapturedSite(nn.Module):
         super().__init__()
         self.site = site
         self.shadow = shadow
-        like = next(p for p in site.down.parameters() if p.is_floating_point())
+        parameters = list(site.down.parameters())
+        floating = next((p for p in parameters if p.is_floating_point()), None)
+        like = torch.zeros(0, device=parameters[0].device) if floating is None else floating
         f = site.intermediate_size
         widths = [0, *(min(max(point.width, 0), f) for point in points[1:])]
         least = [point.importance_min for point in points]
@@ -130,9 +132,9 @@ class CapturedSite(nn.Module):
         Every level's map runs for every token, because which levels occur is data.
         """
         if self.bias is not None:
-            y = y + self.bias[levels]
+            y = y + self.bias[levels].to(y.dtype)
         for level, u, v in self.low_rank:
-            added = (h[:, : v.shape[1]] @ v.T) @ u.T
+            added = (h[:, : v.shape[1]] @ v.T.to(h.dtype)) @ u.T.to(h.dtype)
             y = torch.where((levels == level).unsqueeze(-1), y + added, y)
         return y
 
