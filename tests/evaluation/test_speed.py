@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import EvaluationError
-from sedac_hf.evaluation.speed import compare_speed, interleaved
+from sedac_hf.evaluation.speed import TokenClock, compare_speed, interleaved
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model
 
@@ -40,6 +41,30 @@ def test_switching_and_warm_up_are_not_timed() -> None:
 
     seconds = interleaved({"a": slow_switch}, lambda: time.sleep(0.02), rounds=2, warm_up=lambda: time.sleep(0.05))
     assert all(0.02 <= value < 0.045 for value in seconds["a"])
+
+
+def test_a_token_clock_changes_nothing_and_leaves_its_note_out_of_the_time() -> None:
+    notes = iter((1.0, 4.0, 9.0))
+
+    def note() -> float:
+        time.sleep(0.05)
+        return next(notes)
+
+    clock = TokenClock(note)
+    scores = torch.randn(1, 8)
+    for _ in range(3):
+        assert clock(torch.zeros(1, 1, dtype=torch.long), scores) is scores
+    seconds, growth = zip(*clock.steps(), strict=True)
+    assert growth == (3.0, 5.0)
+    assert max(seconds) < 0.05
+
+
+def test_a_token_clock_sees_every_token(model: SedacForCausalLM) -> None:
+    clock = TokenClock()
+    ids = torch.ones(1, 3, dtype=torch.long)
+    model.generate(input_ids=ids, min_new_tokens=5, max_new_tokens=5, do_sample=False, logits_processor=[clock])
+    assert len(clock.steps()) == 4
+    assert all(seconds > 0 and growth == 0 for seconds, growth in clock.steps())
 
 
 @pytest.fixture
