@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sedac_hf.cli.env import kernels, machine
 from sedac_hf.evaluation.speed import TokenClock
 
 DISTURBED = 0.02
@@ -26,6 +29,13 @@ LEAST_UNDISTURBED = 3
 """With fewer the median is over all samples, and the table says so."""
 
 _TASKS = Path("/proc/self/task")
+
+
+def about() -> dict[str, Any]:
+    """The machine, and what decides how fast it is: printed above every table and kept in the JSON."""
+    load = {"load before": round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}
+    versions = {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
+    return {**machine(), **kernels(), **versions, **load}
 
 
 def run_delay() -> float:

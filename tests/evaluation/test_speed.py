@@ -43,20 +43,21 @@ def test_switching_and_warm_up_are_not_timed() -> None:
     assert all(0.02 <= value < 0.045 for value in seconds["a"])
 
 
-def test_a_token_clock_changes_nothing_and_leaves_its_note_out_of_the_time() -> None:
-    notes = iter((1.0, 4.0, 9.0))
+def test_a_token_clock_changes_nothing_and_leaves_its_note_out_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
 
-    def note() -> float:
-        time.sleep(0.05)
-        return next(notes)
+    def passes(seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        return now
 
-    clock = TokenClock(note)
+    monkeypatch.setattr("sedac_hf.evaluation.speed.time.perf_counter", lambda: now)
+    clock = TokenClock(note=lambda: passes(100.0))
     scores = torch.randn(1, 8)
-    for _ in range(3):
+    for step in (7.0, 2.0, 3.0):
+        passes(step)
         assert clock(torch.zeros(1, 1, dtype=torch.long), scores) is scores
-    seconds, growth = zip(*clock.steps(), strict=True)
-    assert growth == (3.0, 5.0)
-    assert max(seconds) < 0.05
+    assert clock.steps() == [(2.0, 102.0), (3.0, 103.0)]
 
 
 def test_a_token_clock_sees_every_token(model: SedacForCausalLM) -> None:
