@@ -5,7 +5,7 @@ A decoder of a real shape with random weights, `generate` with one row, in one r
     base         the plain model, after `unload()`: no hooks, weights as they were
     base, again  the same once more in each round: how far from 1 it is, is the noise of this machine
     disabled     wrapped, inside `disable()`
-    full width   wrapped, inside `full_width()`: hooks, and the compiled kernels where they are quicker, nothing skipped
+    full width   wrapped, inside `full_width()`: hooks, compiled kernels where they are quicker, nothing skipped
     auto         wrapped, as `generate` chooses under a `select` policy of the share asked for
     auto, 95%    the same where little is to be gained: it must not lose
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
