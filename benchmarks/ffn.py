@@ -44,6 +44,7 @@ from sedac_hf.ops.rust_cpu import CpuFFN, available, instruction_sets, read_memo
 SHAPES = {"896x4864": "0.5B", "2048x8192": "1B", "4096x14336": "8B"}
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # a unit within rounding of its cut may fall either way
+CACHES = 3  # what is read at the least share, in last-level caches
 ROUNDS = 25
 SLOW_LAYERS = 2  # of the engines in torch that decide by a shadow, which expand it: so many layers per sample
 
@@ -72,7 +73,7 @@ class Case:
 
         gate, up, down, self.x = draw(f, d), draw(f, d), draw(d, f), draw(rows, d) * d**0.5
         self.bytes = 3 * d * f * dtype.itemsize
-        self.n_layers = max(3, -(-int(3 * last_level_cache() / min(SHARES)) // self.bytes))
+        self.n_layers = max(3, -(-int(CACHES * last_level_cache() / min(SHARES)) // self.bytes))
         self.layers = [glu(gate.clone(), up.clone(), down.clone()) for _ in range(self.n_layers)]
         # `select` wants a unit's weights of down in one run of memory, as the runtime lays them out.
         self.by_units = [glu(w.gate, w.up, down.T.contiguous().T) for w in self.layers]
