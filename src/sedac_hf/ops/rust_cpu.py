@@ -36,6 +36,30 @@ def available() -> bool:
     return _rust is not None
 
 
+def instruction_sets() -> list[str]:
+    """Names of the sets that the kernels can use here, the one in use first; none without the compiled module."""
+    return [] if _rust is None else _rust.instruction_sets()
+
+
+def read_memory(tensor: Tensor) -> None:
+    """Read a tensor's memory on the kernels' threads, and nothing else: what their times are to be compared with.
+
+    Args:
+        tensor: contiguous, on the CPU; its bytes past the last multiple of four are left out.
+
+    Raises:
+        ValueError: another tensor (or one that starts between 32-bit words), or there is no compiled module.
+    """
+    if _rust is None:
+        raise ValueError("reading memory takes the compiled module sedac_hf._rust, which is not installed")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() % 4:
+        raise ValueError(
+            "reading memory takes a contiguous CPU tensor that starts at a multiple of four bytes, got one on "
+            f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr():#x}"
+        )
+    _rust.read_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4 * 4, kernel_threads())
+
+
 class CpuFFN:
     """The kernel of one FFN, on the FFN's own memory.
 
