@@ -123,13 +123,20 @@ class CpuFFN:
         return self.run(x, [OperatingPoint(self.intermediate_size)] * x.shape[0])[0]
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether a call with this input can be run: few rows, the weights' dtype, no gradient."""
+        """Whether a call with this input can be run: one to four rows, the weights' dtype, no gradient."""
         return (
-            x.shape[0] <= MAX_ROWS
+            0 < x.shape[0] <= MAX_ROWS
+            and x.shape[1] == self.hidden_size
             and x.dtype == self.dtype
             and x.device.type == "cpu"
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and (x.requires_grad or self._learns()))
         )
+
+    def _learns(self) -> bool:
+        """Whether some weight wants a gradient; views made without gradients do not say so themselves."""
+        w = self.weights
+        parts = [part for part in (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias) if part is not None]
+        return any(part.requires_grad or (part._base is not None and part._base.requires_grad) for part in parts)
 
 
 class CpuLinear:
