@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sedac_hf.ffn.low_bit import LowBitMatrix
 from timing import about, take_turns
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_hf.ffn.low_bit import LowBitMatrix
 from sedac_hf.ffn.schedule import align_width
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import ENGINES, FFNWeights, LevelPlan, OperatingPoint, SiteCut

@@ -10,10 +10,10 @@ import torch
 from hypothesis import reject
 from torch import Tensor
 
-from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import FFNWeights, OperatingPoint, SiteCut, cut_ffn
 from sedac_hf.ops.activations import KNOWN
+from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ops.rust_cpu import CpuFFN
 from tests.cut_cases import Recorder, TableCompensation, level_plan, random_weights
 

@@ -91,7 +91,9 @@ def test_hidden_values_are_those_of_the_units_in_use(layout, dtype):
     assert not hidden[0, 37:].any()
     assert not hidden[1].any()
     wanted = c.weights.hidden(c.x[:1].float(), 0, 37) if dtype == torch.float32 else c.weights.hidden(c.x[:1], 0, 37)
-    torch.testing.assert_close(hidden[:1, :37], wanted.float(), rtol=0.05 if dtype != torch.float32 else 1e-5, atol=0.02)
+    torch.testing.assert_close(
+        hidden[:1, :37], wanted.float(), rtol=0.05 if dtype != torch.float32 else 1e-5, atol=0.02
+    )
     assert torch.equal(y[1], c.weights.down_bias)
 
 
