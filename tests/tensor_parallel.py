@@ -18,10 +18,18 @@ from transformers import AutoModelForCausalLM
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import SedacError
 from sedac_hf.ffn.linears import weight_of
-from tests.tiny_models import token_ids
+from tests.tiny_models import HIDDEN, token_ids
 
 FAMILIES = ("llama", "starcoder2")
 GATHERED = "phi3"  # its gate and up, one linear, are gathered before down
+
+
+def input_gradient(model: Any) -> torch.Tensor:
+    """Of a cut forward pass, with respect to the embeddings that went in."""
+    embeddings = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    model(inputs_embeds=embeddings).logits.square().mean().backward()
+    assert embeddings.grad is not None
+    return embeddings.grad
 
 
 def run_case(folder: Path) -> dict[str, Any]:
@@ -36,7 +44,7 @@ def run_case(folder: Path) -> dict[str, Any]:
         sites = model.runtime.sites
         with torch.no_grad():
             found[cut] = model(ids).logits
-        found[f"{cut} with gradients on"] = model(ids).logits.detach()
+        found[f"{cut} gradient"] = input_gradient(model)
         found[f"{cut} ids"] = model.generate(ids[:1], max_new_tokens=4, do_sample=False, prompt="cut")
         found[f"{cut} choices"] = list(model.stats().choices)
         found[f"{cut} engines"] = model.stats().engines

@@ -19,7 +19,7 @@ from sedac_hf import SedacForCausalLM
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.sharded import Shard
 from tests.policies import random_policy
-from tests.tensor_parallel import FAMILIES, GATHERED
+from tests.tensor_parallel import FAMILIES, GATHERED, input_gradient
 from tests.tiny_models import tiny_model, token_ids
 
 RANKS = 2
@@ -89,6 +89,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
                     token_ids()[:1], max_new_tokens=4, do_sample=False, prompt="cut", consistent=True
                 )
                 found[f"{cut} policy"] = model.runtime.policy
+                with torch.enable_grad():
+                    found[f"{cut} gradient"] = input_gradient(model)
         results[family] = found
     return folder, results
 
@@ -126,12 +128,17 @@ def together(alone: tuple[Path, dict[str, Any]]) -> list[dict[str, dict[str, Any
 def test_two_ranks_give_what_one_process_gives(family, cut, alone, together):
     wanted = alone[1][family][cut]
     assert torch.equal(together[0][family][cut], together[1][family][cut])
-    torch.testing.assert_close(together[0][family][cut], wanted, rtol=1e-4, atol=2e-4)
+    off = ((together[0][family][cut] - wanted).abs() > 2e-4).any(-1)
+    # A unit within rounding of its cut point may fall on either side: `select` may miss at a few tokens.
+    assert off.float().mean() <= (0.25 if cut == "select" else 0)
     if cut == "dense":
         return
     assert (wanted - alone[1][family]["dense"]).abs().max() > 1e-2
-    torch.testing.assert_close(together[0][family][f"{cut} with gradients on"], wanted, rtol=1e-4, atol=2e-4)
     for rank in together:
+        if cut == "truncate":
+            gradient = alone[1][family]["truncate gradient"]
+            limit = 1e-3 * float(gradient.abs().max())
+            torch.testing.assert_close(rank[family]["truncate gradient"], gradient, rtol=1e-3, atol=limit)
         assert torch.equal(rank[family][f"{cut} ids"], alone[1][family][f"{cut} ids"])
         assert any("ranks" in choice for choice in rank[family][f"{cut} choices"])
         assert torch.equal(rank[family][f"{cut} unloaded"], rank[family]["dense"])

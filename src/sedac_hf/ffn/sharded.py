@@ -51,6 +51,13 @@ class Shard:
         total: Tensor = _SumOfRanks.apply(partial, self.group)
         return total
 
+    def agreed(self, values: Tensor) -> Tensor:
+        """Rank 0's ``values`` on every rank. What all compute alike may still differ in its last bit, by the alignment
+        of memory alone; what decides must not."""
+        values = values.contiguous()
+        dist.broadcast(values, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return values
+
     def shared(self, x: Tensor) -> Tensor:
         """An input that all ranks have alike; its gradient is the sum of theirs."""
         return _SharedByRanks.apply(x, self.group) if torch.is_grad_enabled() and x.requires_grad else x

@@ -124,6 +124,8 @@ class Execution:
         assert probes is not None
         with torch.no_grad():
             risk = probes.risk(runtime.checkpoint_layers[idx], hidden.reshape(-1, runtime.hidden_size))
+            shard = runtime.sites[0].shard
+            risk = risk if shard is None else shard.agreed(risk)
         runtime.tally.probe(probes.parameters_per_token, n_tokens)
         return np.ascontiguousarray(risk.detach().to("cpu", torch.float32).numpy())
 
