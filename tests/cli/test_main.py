@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 import sedac_hf
 from sedac_hf.assets import demo_path
 from sedac_hf.cli.main import COMMANDS, main
+from sedac_hf.ops.rust_cpu import instruction_sets
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +76,8 @@ def test_env_names_versions_machine_and_variables(
     assert facts["sedac"]["SEDAC_SOFT_EXIT"] == "0"
     assert facts["versions"]["torch"] != "not installed"
     assert facts["torch"]["threads"] >= 1
+    assert facts["sedac"]["kernels"] in instruction_sets()
+    assert facts["sedac"]["kernel threads"].startswith(f"{facts['torch']['threads']}, ")
 
 
 def test_info_reads_a_folder_without_its_base(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import EvaluationError
-from sedac_hf.evaluation.speed import compare_speed, interleaved
+from sedac_hf.evaluation.speed import TokenClock, compare_speed, interleaved
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model
 
@@ -40,6 +41,31 @@ def test_switching_and_warm_up_are_not_timed() -> None:
 
     seconds = interleaved({"a": slow_switch}, lambda: time.sleep(0.02), rounds=2, warm_up=lambda: time.sleep(0.05))
     assert all(0.02 <= value < 0.045 for value in seconds["a"])
+
+
+def test_a_token_clock_changes_nothing_and_leaves_its_note_out_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def passes(seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    monkeypatch.setattr("sedac_hf.evaluation.speed.time.perf_counter", lambda: now)
+    clock = TokenClock(note=lambda: passes(100.0))
+    scores = torch.randn(1, 8)
+    for step in (7.0, 2.0, 3.0):
+        passes(step)
+        assert clock(torch.zeros(1, 1, dtype=torch.long), scores) is scores
+    assert clock.steps() == [(2.0, 102.0), (3.0, 103.0)]
+
+
+def test_a_token_clock_sees_every_token(model: SedacForCausalLM) -> None:
+    clock = TokenClock()
+    ids = torch.ones(1, 3, dtype=torch.long)
+    model.generate(input_ids=ids, min_new_tokens=5, max_new_tokens=5, do_sample=False, logits_processor=[clock])
+    assert len(clock.steps()) == 4
+    assert all(seconds > 0 and growth == 0 for seconds, growth in clock.steps())
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -180,6 +182,14 @@ def test_a_plan_serves_a_stretch(dtype):
             cut = replace(first, points=points, strip_planner=Counting)
             assert_as_good_as_plain(cut_ffn(x, weights, cut), x, weights, cut)
     assert len(planners) == 2
+
+
+def test_a_plan_that_was_used_can_be_copied_and_pickled():
+    weights, x = random_weights(24, 64), torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    cut = replace(site_cut([3, 8, 5, 0, 5] * 10, even_points(64)), strip_planner=_rust.StripPlanner)
+    wanted = cut_ffn(x, weights, cut)
+    for plan in (copy.deepcopy(cut.plan), pickle.loads(pickle.dumps(cut.plan))):
+        torch.testing.assert_close(cut_ffn(x, weights, replace(cut, plan=plan)), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

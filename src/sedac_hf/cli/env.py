@@ -53,6 +53,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def kernels() -> dict[str, Any]:
+    """What the compiled CPU kernels use: instruction set, the others that they could, and whose threads."""
+    from sedac_hf.ops.rust_cpu import instruction_sets
+    from sedac_hf.ops.threads import kernel_threads, parallel_address
+
+    used, *others = instruction_sets() or ["none: there is no compiled module"]
+    facts: dict[str, Any] = {"kernels": used}
+    if others:
+        facts["kernels could use"] = ", ".join(others)
+        whose = "torch's own" if parallel_address() else "a pool beside torch's"
+        facts["kernel threads"] = f"{kernel_threads()}, {whose}"
+    return facts
+
+
 def _versions() -> dict[str, Any]:
     found: dict[str, Any] = {"python": f"{platform.python_version()} ({sys.executable})"}
     for name in PACKAGES:
@@ -92,6 +106,7 @@ def _sedac() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "package": str(Path(__file__).parents[1]),
         "compiled module": "no: the Python engine takes over" if compiled is None else f"yes: {compiled.origin}",
+        **kernels(),
     }
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("SEDAC_")}
     return facts | (settings or {"SEDAC_* variables": "none set"})

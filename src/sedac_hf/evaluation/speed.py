@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from transformers import LogitsProcessor
 
 from sedac_hf.errors import EvaluationError
 
@@ -58,6 +60,31 @@ class SpeedReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON, with the derived figures."""
         return asdict(self) | {"medians": self.medians, "ratio": self.ratio}
+
+
+class TokenClock(LogitsProcessor):
+    """Notes when each token of one `generate` call is decided: give it as ``logits_processor=[clock]``.
+
+    Args:
+        note: read at every token beside the time, e.g. a counter of what else went on; its own time is not counted.
+    """
+
+    def __init__(self, note: Callable[[], float] | None = None) -> None:
+        self._note = note
+        self._marks: list[tuple[float, float, float]] = []  # time on entry, what was noted, time on leaving
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leaves the scores as they are."""
+        if scores.device.type == "cuda":
+            torch.cuda.synchronize(scores.device)
+        entry = time.perf_counter()
+        noted = 0.0 if self._note is None else self._note()
+        self._marks.append((entry, noted, time.perf_counter()))
+        return scores
+
+    def steps(self) -> list[tuple[float, float]]:
+        """(seconds, growth of the note) of each decode step: from one token to the next, so without the prompt."""
+        return [(entry - left, noted - before) for (_, before, left), (entry, noted, _) in pairwise(self._marks)]
 
 
 def interleaved(

@@ -233,7 +233,9 @@ class _Owner:
             return self.original(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
         if cut is not None:
-            y = cut_ffn(flat, site.weights() if cut.kernel is None else cut.kernel.weights, cut)
+            # The kernel's views may have been made without gradients.
+            kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
+            y = cut_ffn(flat, kept or site.weights(), cut)
         else:
             done = None if self.whole is None else self.whole(flat)
             if done is None:

@@ -33,9 +33,10 @@ def lay_out_by_units(site: FFNSite) -> tuple[nn.Module, ...]:
 
 
 def lay_out_as_usual(linears: tuple[nn.Module, ...]) -> None:
-    """Undo `lay_out_by_units`."""
+    """Undo `lay_out_by_units`; a weight that was replaced in between and lies as usual already stays."""
     for linear in linears:
-        _transpose_in_memory(weight_of(linear))
+        if not weight_of(linear).is_contiguous():
+            _transpose_in_memory(weight_of(linear))
 
 
 def _spread_out(linear: nn.Module, *, is_down: bool) -> bool:

@@ -108,6 +108,10 @@ class LevelPlan:
         at_least = np.where(np.arange(n_levels + 1) <= level, n_tokens, 0).astype(np.int64)
         return cls(np.full(n_tokens, level, np.uint8), np.arange(n_tokens, dtype=np.int64), at_least)
 
+    def __getstate__(self) -> dict[str, np.ndarray]:
+        """What a copy or a pickle takes along: the plan without what was worked out from it."""
+        return {"levels": self.levels, "order": self.order, "at_least": self.at_least}
+
     @property
     def n_tokens(self) -> int:
         return int(self.levels.shape[0])

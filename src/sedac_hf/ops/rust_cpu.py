@@ -36,6 +36,30 @@ def available() -> bool:
     return _rust is not None
 
 
+def instruction_sets() -> list[str]:
+    """Names of the sets that the kernels can use here, the one in use first; none without the compiled module."""
+    return [] if _rust is None else _rust.instruction_sets()
+
+
+def read_memory(tensor: Tensor) -> None:
+    """Read a tensor's memory on the kernels' threads, and nothing else: what their times are to be compared with.
+
+    Args:
+        tensor: contiguous, on the CPU; its bytes past the last multiple of four are left out.
+
+    Raises:
+        ValueError: another tensor (or one that starts between 32-bit words), or there is no compiled module.
+    """
+    if _rust is None:
+        raise ValueError("reading memory takes the compiled module sedac_hf._rust, which is not installed")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() % 4:
+        raise ValueError(
+            "reading memory takes a contiguous CPU tensor that starts at a multiple of four bytes, got one on "
+            f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr():#x}"
+        )
+    _rust.read_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4 * 4, kernel_threads())
+
+
 class CpuFFN:
     """The kernel of one FFN, on the FFN's own memory.
 
@@ -99,13 +123,20 @@ class CpuFFN:
         return self.run(x, [OperatingPoint(self.intermediate_size)] * x.shape[0])[0]
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether a call with this input can be run: few rows, the weights' dtype, no gradient."""
+        """Whether a call with this input can be run: one to four rows, the weights' dtype, no gradient."""
         return (
-            x.shape[0] <= MAX_ROWS
+            0 < x.shape[0] <= MAX_ROWS
+            and x.shape[1] == self.hidden_size
             and x.dtype == self.dtype
             and x.device.type == "cpu"
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and (x.requires_grad or self._learns()))
         )
+
+    def _learns(self) -> bool:
+        """Whether some weight wants a gradient; views made without gradients do not say so themselves."""
+        w = self.weights
+        parts = [part for part in (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias) if part is not None]
+        return any(part.requires_grad or (part._base is not None and part._base.requires_grad) for part in parts)
 
 
 class CpuLinear:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import bias_of, is_plain, is_readable, original_forward, weight_of
+from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
 
 _LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
+
+_NO_KERNEL = (0, 0, None)
 
 Shape = tuple[int, int, torch.dtype]
 
@@ -34,7 +36,7 @@ class DecodeLinear:
         self.original = original_forward(module)
         weight = weight_of(module)
         self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
-        self._kernel: tuple[int, CpuLinear | None] = (0, None)
+        self._kernel: tuple[int, int, CpuLinear | None] = _NO_KERNEL
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A decode step calls this about a hundred times: every test costs.
@@ -50,13 +52,16 @@ class DecodeLinear:
         ask: None too where it is not to be used for so many rows.
         """
         outputs, inputs, dtype = self.shape
-        weight: Tensor = self.module._parameters["weight"]  # type: ignore[assignment]
-        address = weight.data_ptr()
-        if self._kernel[0] != address:
-            bias = bias_of(self.module)
+        held = self.module._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        if weight is None:  # pruned or parametrised since: a function of other parameters
+            return None
+        address, bias_address = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        known_address, known_bias, kernel = self._kernel
+        if known_address != address or known_bias != bias_address:
             fits = weight.shape == (outputs, inputs) and weight.dtype == dtype and CpuLinear.fits(weight, bias)
-            self._kernel = (address, CpuLinear(weight, bias) if fits else None)
-        kernel = self._kernel[1]
+            kernel = CpuLinear(weight, bias) if fits else None
+            self._kernel = (address, bias_address, kernel)
         if kernel is None or x.dtype != dtype or x.shape[-1] != inputs or x.device.type != "cpu" or not x.numel():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -66,7 +71,7 @@ class DecodeLinear:
         return kernel.run(x)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernel": (0, None)}  # a kernel is made of addresses
+        return {**self.__dict__, "_kernel": _NO_KERNEL}  # a kernel is made of addresses
 
 
 def decode_linears(model: nn.Module, others: set[int], usable: Callable[[Shape, int], bool]) -> Iterator[DecodeLinear]:

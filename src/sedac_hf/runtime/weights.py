@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
-from sedac_hf.ffn.linears import stored_bytes, weight_of
+from sedac_hf.ffn.linears import is_readable, stored_bytes, weight_of
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sharded import local_part
 from sedac_hf.ffn.sites import FFNSite
@@ -40,7 +40,7 @@ class PreparedWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": self._no_kernels()}  # a kernel is made of addresses
 
-    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], int]], CpuFFN | None] | None]:
+    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], str, int]], CpuFFN | None] | None]:
         return [None] * len(self.sites)
 
     @property
@@ -134,9 +134,9 @@ class PreparedWeights:
         if not self.uses_kernels:
             return None
         known = self._kernels[site]
-        if known is None or any(held["weight"].data_ptr() != address for held, address in known[0]):
-            parameters: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
-            addresses = [(held, held["weight"].data_ptr()) for held in parameters if held.get("weight") is not None]
+        if known is None or any(_address(held, name) != address for held, name, address in known[0]):
+            held_by: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
+            addresses = [(held, name, _address(held, name)) for held in held_by for name in ("weight", "bias")]
             known = self._kernels[site] = (addresses, _kernel(self.sites[site], self.shadows[site]))
         return known[1]
 
@@ -160,8 +160,14 @@ def decider(site: FFNSite, bits: int) -> Shadow | ExactGate:
         return ExactGate(site)
 
 
+def _address(held: dict[str, Any], name: str) -> int:
+    """Where a module's parameter lies now; 0 where it has none of that name."""
+    tensor = held.get(name)
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _kernel(site: FFNSite, shadow: Shadow | ExactGate | None) -> CpuFFN | None:
-    if not site.plain_forward:
+    if not site.plain_forward or not all(is_readable(linear) for linear in site.linears):
         return None
     weights = site.weights()
     tables = shadow.tables() if isinstance(shadow, Shadow) else None
