@@ -87,7 +87,7 @@ class GenerationPlanner:
                 sites.setdefault((*_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
         for key, of_shape in sites.items():
             if key not in self._by_kernel:
-                x = torch.randn(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
+                x = _noise(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
                 ours, theirs = interleaved(
                     [_in_turn([functools.partial(kernel.whole, x) for kernel, _ in of_shape]),
                      # Outside a forward pass an owner's own forward runs.
@@ -107,7 +107,7 @@ class GenerationPlanner:
             return False, "the FFNs of this model run by masking, which saves nothing"
         site = runtime.sites[timed[0]]
         weight = site.weights().up
-        x = torch.randn(rows, site.hidden_size, device=weight.device).to(weight.dtype)
+        x = _noise(rows, site.hidden_size).to(weight)
         pairs = [self._whole_and_cut(i, x) for i in timed]
         whole_time, cut_time = interleaved(
             [_in_turn([whole for whole, _ in pairs]), _in_turn([cut for _, cut in pairs])], x.device
@@ -159,7 +159,7 @@ def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:
 def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
     """Whether the kernels of linear maps of one shape take no longer than the modules themselves."""
     with torch.no_grad():
-        x = torch.randn(rows, alike[0].shape[1]).to(alike[0].shape[2])
+        x = _noise(rows, alike[0].shape[1]).to(alike[0].shape[2])
         if any(linear.by_kernel(x) is None for linear in alike):
             return False
         ours, theirs = interleaved(
@@ -174,6 +174,11 @@ def _in_turn(calls: Sequence[Call]) -> Call:
     """One call after the other, time by time: a decoder's layers find their weights in memory, not in the cache."""
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
+
+
+def _noise(rows: int, size: int) -> Tensor:
+    """Activations to time with; drawn apart, since `generate` may be about to sample."""
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(0))
 
 
 def _forget(**_: object) -> None:
