@@ -10,13 +10,8 @@
 //! - [`CascadeController`]: the law and the shared, atomic thresholds.
 //! - [`ForwardPass`]: the state of one pass over a batch; any number may be alive at once.
 //! - [`LevelPlan`]: a batch sorted by level.
-<<<<<<< HEAD
 //! - [`ParameterBlock`]: the law in whole numbers, for devices that cannot ask the host; with its oracle.
 //! - [`StripPlanner`]: where to cut the products of a sorted batch, by a [`CostGrid`] of measured times.
-=======
-//! - [`StripPlanner`]: where to cut the products of a sorted batch, by a [`CostGrid`] of measured times.
-//! - [`ParameterBlock`]: the law in whole numbers, for devices that cannot ask the host; with its oracle.
->>>>>>> main
 //!
 //! # Usage, and what each step costs
 //!
