@@ -71,6 +71,7 @@ proptest! {
 }
 
 #[test]
+#[cfg_attr(miri, ignore)]
 fn a_large_ffn_as_well() {
     for spec in large() {
         all_agree::<bf16>(&spec).expect("within rounding");

@@ -70,6 +70,7 @@ proptest! {
 }
 
 #[test]
+#[cfg_attr(miri, ignore)]
 fn large_ffns_keep_to_it_as_well() {
     for spec in large() {
         same_for_any_team::<bf16>(&spec).expect("the same bits");

@@ -1,5 +1,12 @@
 //! What the kernels promise, on every instruction set of this machine, against references in `f64` that are written from
 //! the definitions and share no code with them.
+//!
+//! The unsafe blocks of the portable path are checked by Miri, those of AVX2 by Valgrind (which hides AVX-512):
+//!
+//! ```text
+//! PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p sedac-kernels --test kernels
+//! PROPTEST_CASES=6 valgrind --error-exitcode=1 target/debug/deps/kernels-<hash> --test-threads=1
+//! ```
 
 #![allow(
     clippy::cast_sign_loss, // sizes from shares, none of them negative
