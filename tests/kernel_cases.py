@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import FFNWeights, OperatingPoint, SiteCut, cut_ffn
+from sedac_hf.ops import threads as threads_module
 from sedac_hf.ops.activations import KNOWN
 from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ops.rust_cpu import CpuFFN
@@ -47,11 +48,11 @@ def between(values: Tensor, share: float) -> float:
     """A threshold that about ``share`` of the values reach, in the widest gap nearby: no value is within rounding."""
     ordered = values.flatten().sort().values
     middle = int((1 - share) * (len(ordered) - 1))
-    near = ordered[max(0, middle - 8) : middle + 9]
+    near = ordered[max(0, middle - 24) : middle + 25]
     if len(near) < 2:
         return float(ordered[0]) / 2
     gaps = near.diff()
-    if float(gaps.max()) <= 1e-4 * float(ordered[-1]):
+    if float(gaps.max()) <= 2e-5 * float(ordered[-1]):
         reject()  # no threshold here is away from all values
     at = int(gaps.argmax())
     return float((near[at] + near[at + 1]) / 2)
@@ -107,3 +108,22 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def own_threads(*, active: bool = True) -> Iterator[None]:
+    """Kernels on a pool of their own, as where torch's runtime can't be entered."""
+    if not active:
+        yield
+        return
+    from sedac_hf import _rust
+
+    address = threads_module.parallel_address
+    real = address()
+    threads_module.parallel_address = lambda: 0
+    _rust.set_openmp(0)
+    try:
+        yield
+    finally:
+        threads_module.parallel_address = address
+        _rust.set_openmp(real)

@@ -19,7 +19,7 @@ from sedac_hf.configuration import SedacConfig, default_layer_configs
 from sedac_hf.control import controller_class
 from sedac_hf.errors import ConfigError
 from sedac_hf.mirroring import mirrored_members
-from sedac_hf.runtime import SedacRuntime, current_generation
+from sedac_hf.runtime import SedacRuntime, generating
 
 if TYPE_CHECKING:
     from sedac_hf.calibration import CalibrationReport
@@ -280,11 +280,8 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         run = super().generate
         if type(self.model).generate is not GenerationMixin.generate:
             run = self.model.generate
-        token = current_generation.set(call)
-        try:
+        with generating(call):
             return run(*args, **kwargs)
-        finally:
-            current_generation.reset(token)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` runs decode steps with where it compiles: one graph, the law on the device inside it."""

@@ -117,9 +117,8 @@ class LowBitMatrix:
         """Rows lo..hi as float32 [hi - lo, columns]: the exact products of scale and code."""
         codes, scales = self._row_by_row(lo, self.rows if hi is None else hi)
         scales = scales.float()
-        rows, groups = scales.shape
-        values = unpack(codes, groups, self.bits).float()
-        return values.mul_(scales[..., None]).view(rows, -1)[:, : self.columns]
+        values = unpack(codes, scales.shape[1], self.bits).float()
+        return values.mul_(scales[..., None]).flatten(1)[:, : self.columns]
 
     def product(self, x: Int8Rows, lo: int = 0, hi: int | None = None) -> Tensor:
         """``x @ rows[lo:hi].T`` -> float32 [n, hi - lo]; expands a bounded number of rows at a time."""
@@ -142,8 +141,8 @@ class LowBitMatrix:
         first, last = lo // INTERLEAVED_ROWS, -(-hi // INTERLEAVED_ROWS)
         rows = (last - first) * INTERLEAVED_ROWS
         inside = slice(lo - first * INTERLEAVED_ROWS, hi - first * INTERLEAVED_ROWS)
-        codes = self.codes[first:last].permute(0, 3, 1, 2, 4).reshape(rows, -1)
-        scales = self.scales[first:last].permute(0, 2, 1).reshape(rows, -1)
+        codes = self.codes[first:last].permute(0, 3, 1, 2, 4).reshape(rows, self.scales.shape[1] * GROUP // 2)
+        scales = self.scales[first:last].permute(0, 2, 1).reshape(rows, self.scales.shape[1])
         return codes[inside], scales[inside]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _runtime_in_use() -> str | None:
 
 
 class _Alone:
-    """Decode steps that run now, on any thread, while torch is kept to one thread; what it had before."""
+    """Decode steps that run now while torch is kept to one thread, and what it had before the first of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -55,32 +56,55 @@ class _Alone:
         self.before = 1
 
 
-_alone = _Alone()
+class _Own(threading.local):
+    """The same of one thread: OpenMP keeps the number of threads per thread."""
+
+    steps = 0
+    before = 1
+
+
+_alone, _own = _Alone(), _Own()
 
 
 def kernel_threads() -> int:
     """How many threads a kernel takes: as many as torch has, or had before it was kept to one."""
-    return _alone.before if _alone.steps else torch.get_num_threads()
+    return _own.before if _alone.steps and _own.steps else torch.get_num_threads()
 
 
 def begin_step() -> bool:
     """Before a decode step by kernels: keep torch to one thread if the kernels' threads are others than torch's.
 
-    Returns whether `end_step` must be called afterwards, whatever happens in between.
+    Returns whether `end_step` must be called afterwards, by the same thread, whatever happens in between.
     """
     if parallel_address():
         return False
     with _alone.lock:
-        if not _alone.steps:
-            _alone.before = torch.get_num_threads()
+        if not _own.steps:
+            now = torch.get_num_threads()
+            # A thread that meets torch for the first time while another decodes inherits that one's single thread.
+            _own.before = _alone.before if _alone.steps and now == 1 else now
+            if not _alone.steps:
+                _alone.before = now
             torch.set_num_threads(1)
+        _own.steps += 1
         _alone.steps += 1
     return True
 
 
 def end_step() -> None:
-    """Give torch its threads back after the last decode step that runs."""
+    """Give torch its threads back after this thread's last decode step that runs."""
     with _alone.lock:
+        _own.steps -= 1
         _alone.steps -= 1
-        if not _alone.steps:
-            torch.set_num_threads(_alone.before)
+        if not _own.steps:
+            torch.set_num_threads(_own.before)
+
+
+def _forget_steps() -> None:
+    """In a forked child: steps of the parent's other threads will not end here, nor will a lock be given back."""
+    _alone.lock = threading.Lock()
+    _alone.steps = _own.steps
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_steps)

@@ -29,6 +29,7 @@ class _KnownCut(NamedTuple):
     compensation: Compensation | None
     kernel: CpuFFN | None
     shadow: Shadow | ExactGate | None
+    engine: str
     cut: SiteCut | None
 
 
@@ -40,6 +41,9 @@ class Execution:
         # A decode step is short: what is the same from step to step is made once.
         self._few: dict[bytes, LevelPlan] = {}
         self._cuts: list[_KnownCut | None] = [None] * len(runtime.sites)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cuts": [None] * len(self._cuts)}  # they hold kernels, which are made of addresses
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: open a pass."""
@@ -148,9 +152,10 @@ class Execution:
             or known.compensation is not compensation
             or known.kernel is not kernel
             or known.shadow is not shadow
+            or known.engine != runtime.engine
         ):
             cut = self._make_cut(i, plan, points, compensation, kernel, shadow)
-            known = self._cuts[i] = _KnownCut(plan, points, compensation, kernel, shadow, cut)
+            known = self._cuts[i] = _KnownCut(plan, points, compensation, kernel, shadow, runtime.engine, cut)
         return known.cut
 
     def _make_cut(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint
+from sedac_hf.ops.threads import end_step
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
@@ -78,6 +80,22 @@ class ForwardPass:
 
 current_pass: ContextVar[ForwardPass | None] = ContextVar("sedac_hf_current_pass", default=None)
 current_generation: ContextVar[GenerationCall | None] = ContextVar("sedac_hf_current_generation", default=None)
+
+
+@contextmanager
+def generating(call: GenerationCall) -> Iterator[None]:
+    """The length of a ``generate`` call; closes passes that an interrupt left open, for which no hook runs."""
+    token, outer = current_generation.set(call), current_pass.get()
+    try:
+        yield
+    finally:
+        current_generation.reset(token)
+        state = current_pass.get()
+        while state is not None and state is not outer:
+            if state.torch_alone:
+                end_step()
+            state = state.previous
+        current_pass.set(outer)
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

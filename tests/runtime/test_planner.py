@@ -1,0 +1,127 @@
+"""What a ``generate`` call chooses: measured once, recorded, and without a say in anything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sedac_hf import SedacForCausalLM
+from sedac_hf.errors import ConfigError
+from sedac_hf.ops import rust_cpu
+from sedac_hf.runtime import SedacRuntime, decode_linears, planner
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model, token_ids
+
+needs_kernels = pytest.mark.skipif(not rust_cpu.available(), reason="the compiled module is not installed")
+
+
+@pytest.fixture
+def model(monkeypatch) -> SedacForCausalLM:
+    monkeypatch.setattr(decode_linears, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(planner, "SECONDS", 0.0)
+    model = SedacForCausalLM.from_base(tiny_model("llama"))
+    model.install(random_policy(model.runtime, "select"))
+    return model
+
+
+def measured(monkeypatch, times) -> list[int]:
+    """Let measurements have these results; gives how many were made."""
+    made: list[int] = []
+
+    def give(calls, device):
+        for call in calls:
+            call()  # each alternative must run
+        made.append(len(calls))
+        return times(len(calls))
+
+    monkeypatch.setattr(planner, "interleaved", give)
+    return made
+
+
+def test_a_choice_is_measured_once_per_number_of_rows_and_recorded(model, monkeypatch):
+    made = measured(monkeypatch, lambda n: [1.0] * n)
+    for rows, fresh in ((1, True), (1, False), (2, True), (1, False)):
+        made.clear()
+        model.generate(token_ids(rows, 4), max_new_tokens=2)
+        assert bool(made) == fresh
+    choices = model.stats().choices
+    assert sum(choices.values()) == 4
+    assert {choice.partition(":")[0] for choice in choices} == {"full width"}
+    assert any("at 2 row(s), measured" in choice for choice in choices)
+
+
+@pytest.mark.parametrize(("times", "chosen"), [([1.0, 0.1], "cut"), ([1.0, 0.95], "full width")])
+def test_cutting_must_pay(model, monkeypatch, times, chosen):
+    measured(monkeypatch, lambda n: times if n == 2 else [0.0])
+    model.generate(token_ids(1, 4), max_new_tokens=2)
+    (choice,) = model.stats().choices
+    assert choice.startswith(f"{chosen}: cutting")
+
+
+def test_consistent_cuts_whatever_it_costs(model, monkeypatch):
+    measured(monkeypatch, lambda n: [1.0, 9.0][:n])
+    model.generate(token_ids(1, 4), max_new_tokens=4, consistent=True)
+    assert model.stats().choices == {"cut: asked for": 1}
+    assert model.stats().needed_bytes_share != 1.0
+    bare = SedacForCausalLM.from_base(tiny_model("llama"))
+    bare.generate(token_ids(1, 4), max_new_tokens=2)
+    assert bare.stats().choices == {"full width: not calibrated": 1}
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("kernels_win", [True, False])
+def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernels_win):
+    """The faster one runs, for the number of rows that was measured; both give the same."""
+    measured(monkeypatch, lambda n: [1.0, 2.0][:n] if kernels_win else [2.0, 1.0][:n])
+    model.generate(token_ids(1, 4), max_new_tokens=2)
+    shapes = {linear.shape for linear in model.runtime.decode_linears}
+    assert len(shapes) > 2
+    for shape in shapes:
+        assert model.runtime.planner.linear_by_kernel(shape, 1) is kernels_win
+        assert model.runtime.planner.linear_by_kernel(shape, 3), "not measured: the kernel"
+    model.reset_stats()
+    with model.full_width():
+        model(token_ids(1, 1))
+        assert ("rust, whole" in model.stats().engines) is kernels_win
+        model(token_ids(1, 3))
+        assert "rust, whole" in model.stats().engines
+
+
+def test_measuring_draws_no_random_numbers(model):
+    """Sampling gives the same whether a call had to measure or not."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(model.generate(token_ids(1, 4), max_new_tokens=8, do_sample=True, consistent=True))
+    assert torch.equal(*runs)
+
+
+def test_without_the_compiled_module(monkeypatch):
+    ids = token_ids(1, 3)
+    with torch.no_grad():
+        with_kernels = SedacForCausalLM.from_base(tiny_model("llama"))
+        with_kernels.install(random_policy(with_kernels.runtime, "select"))
+        expected = with_kernels(ids).logits
+        monkeypatch.setattr(rust_cpu, "_rust", None)
+        assert not rust_cpu.available()
+        with pytest.raises(ConfigError, match=r"engine='rust'.*not installed.*engine='auto'"):
+            SedacRuntime(tiny_model("llama"), engine="rust")
+        model = SedacForCausalLM.from_base(tiny_model("llama"))
+        model.install(random_policy(model.runtime, "select"))
+        assert not model.runtime.decode_linears
+        assert all(p.is_contiguous() for p in model.model.parameters())
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=2e-4)
+        model.generate(ids, max_new_tokens=2)
+        assert not any("rust" in engine for engine in model.stats().engines)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_an_engine_by_name_holds_from_the_next_call(model):
+    ids = token_ids(1, 3)
+    for engine, ran in (("auto", "rust"), ("reference", "reference"), ("rust", "rust")):
+        model.runtime.engine = engine
+        model.reset_stats()
+        model(ids)
+        assert ran in model.stats().engines
