@@ -14,42 +14,24 @@ Times are medians over the decode steps of all rounds, the prompt left out.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Samples, about, time_tokens
 from transformers import CompileConfig
 
 from sedac_hf import SedacForCausalLM
-from sedac_hf.cli.env import machine
 from sedac_hf.evaluation.random_decoders import SHAPES, forced_policy, random_decoder
+from sedac_hf.evaluation.speed import TokenClock
+
+Run = Callable[[int, TokenClock], None]
 
 PROMPT, WARM_UP = 32, 3
 DENSE, COMPILED, WHOLE = "plain HF, eager", "plain HF, compiled, static cache", "our kernels, nothing skipped"
-
-
-class Clock:
-    """A logits processor that notes when each token is due."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.times: list[float] = []
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return scores
-
-    def steps(self) -> list[float]:
-        """Seconds from token to token, the first few left out."""
-        times = self.times[WARM_UP:]
-        return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 class Case:
@@ -69,8 +51,7 @@ class Case:
         self.ids = torch.randint(vocabulary, (batch, PROMPT), generator=generator).to(self.device)
         self.bytes = step_bytes(next(iter(self.models.values())).model)
 
-    def generate(self, model: Any, tokens: int, **kwargs: Any) -> list[float]:
-        clock = Clock(self.ids.device)
+    def generate(self, model: Any, tokens: int, clock: TokenClock, **kwargs: Any) -> None:
         model.generate(
             input_ids=self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -79,37 +60,36 @@ class Case:
             logits_processor=[clock],
             **kwargs,
         )
-        return clock.steps()
 
-    def variants(self, *, compiled: bool, consistent: bool) -> dict[str, Callable[[int], list[float]]]:
-        """Row -> steps of a run of so many tokens."""
+    def variants(self, *, compiled: bool, consistent: bool) -> dict[str, Run]:
+        """Row -> a run of so many tokens under a clock."""
         last = list(self.models.values())[-1]  # its weights lie as they came
 
-        def plain(tokens: int, **kwargs: Any) -> list[float]:
+        def plain(tokens: int, clock: TokenClock, **kwargs: Any) -> None:
             with last.disable():
-                return self.generate(last.model, tokens, **kwargs)
+                self.generate(last.model, tokens, clock, **kwargs)
 
-        def static(tokens: int) -> list[float]:
+        def static(tokens: int, clock: TokenClock) -> None:
             config = CompileConfig(fullgraph=True)
             config._compile_all_devices = True
-            return plain(tokens, cache_implementation="static", compile_config=config)
+            plain(tokens, clock, cache_implementation="static", compile_config=config)
 
-        def whole(tokens: int) -> list[float]:
+        def whole(tokens: int, clock: TokenClock) -> None:
             first = next(iter(self.models.values()))
             with first.full_width():
-                return self.generate(first, tokens)
+                self.generate(first, tokens, clock)
 
-        def sedac(cut: str, share: float, tokens: int) -> list[float]:
+        def sedac(cut: str, share: float, tokens: int, clock: TokenClock) -> None:
             model = self.models[cut]
             model.runtime.reschedule(self.schedules[cut, share])
-            return self.generate(model, tokens, **({"consistent": True} if consistent else {}))
+            self.generate(model, tokens, clock, **({"consistent": True} if consistent else {}))
 
-        rows: dict[str, Callable[[int], list[float]]] = {DENSE: plain}
+        rows: dict[str, Run] = {DENSE: plain}
         if compiled:
             rows[COMPILED] = static
         rows[WHOLE] = whole
         for cut, share in self.schedules:
-            rows[f"SEDAC {cut} {share:.0%}"] = lambda tokens, c=cut, s=share: sedac(c, s, tokens)
+            rows[f"SEDAC {cut} {share:.0%}"] = partial(sedac, cut, share)
         return rows
 
 
@@ -123,22 +103,22 @@ def step_bytes(model: torch.nn.Module) -> tuple[int, int]:
 def measure(case: Case, tokens: int, rounds: int, **kinds: bool) -> dict[str, dict[str, Any]]:
     """Median step by row, with what `generate` chose."""
     rows = case.variants(**kinds)
-    steps: dict[str, list[float]] = {name: [] for name in rows}
+    samples = {name: Samples() for name in rows}
     choices: dict[str, str] = {}
     names = list(rows)
     for name in names:
-        rows[name](WARM_UP + 2)  # compiles, measures, warms up
+        rows[name](WARM_UP + 2, TokenClock())  # compiles, measures, warms up
     for round_idx in range(rounds):
         shift = round_idx % len(names)
         for name in names[shift:] + names[:shift]:
             for model in case.models.values():
                 model.reset_stats()
-            steps[name] += rows[name](tokens)
+            time_tokens(partial(rows[name], tokens), samples[name], skip=WARM_UP)
             made = [text for model in case.models.values() for text in model.stats().choices]
             choices[name] = made[0].split(":")[0] if made and name.startswith("SEDAC") else ""
     return {
-        name: {"step_ms": 1e3 * statistics.median(values), "samples": len(values), "chose": choices[name]}
-        for name, values in steps.items()
+        name: {"step_ms": 1e3 * taken.median, **taken.to_dict(), "samples": taken.count, "chose": choices[name]}
+        for name, taken in samples.items()
     }
 
 
@@ -160,12 +140,14 @@ def add_columns(rows: dict[str, dict[str, Any]], bytes_of_step: tuple[int, int],
 
 def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     print(f"\n{title}")
-    print(f"{'':<36}{'tokens/s':>10}{'speed-up':>10}{'time/dense':>12}{'bound':>8}{'eta':>7}{'eta own':>9}  chose")
+    print(
+        f"{'':<36}{'tokens/s':>10}{'speed-up':>10}{'time/dense':>12}{'bound':>8}{'eta':>7}{'eta own':>9}{'samples':>10}  chose"
+    )
     for name, row in rows.items():
         cells = [f"{row['tokens_per_s']:>10.1f}{1 / row['time_over_dense']:>9.2f}x{row['time_over_dense']:>12.3f}"]
         cells += [f"{row[key]:>{width}.2f}" if key in row else " " * width
                   for key, width in (("bound", 8), ("eta", 7), ("eta_own", 9))]  # fmt: skip
-        print(f"{name:<36}" + "".join(cells) + f"  {row['chose']}", flush=True)
+        print(f"{name:<36}" + "".join(cells) + f"{row['samples']:>10}  {row['chose']}", flush=True)
 
 
 def main() -> None:
@@ -189,8 +171,8 @@ def main() -> None:
     batches = args.batch or ([1, 2, 4, 16] if args.full else [1])
     dtypes = args.dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
     shares = [float(share) for share in args.shares.split(",")]
-    about = {**machine(), "torch_threads": torch.get_num_threads()}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    machine = about()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     figures = []
     for shape in shapes:
         for dtype in dtypes:
@@ -204,7 +186,7 @@ def main() -> None:
                 del case
                 torch.compiler.reset()
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "cases": figures}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"machine": machine, "cases": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
