@@ -140,9 +140,8 @@ def add_columns(rows: dict[str, dict[str, Any]], bytes_of_step: tuple[int, int],
 
 def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     print(f"\n{title}")
-    print(
-        f"{'':<36}{'tokens/s':>10}{'speed-up':>10}{'time/dense':>12}{'bound':>8}{'eta':>7}{'eta own':>9}{'samples':>10}  chose"
-    )
+    columns = (("tokens/s", 10), ("speed-up", 10), ("time/dense", 12), ("bound", 8), ("eta", 7), ("eta own", 9))
+    print(f"{'':<36}" + "".join(f"{name:>{width}}" for name, width in columns) + f"{'samples':>10}  chose")
     for name, row in rows.items():
         cells = [f"{row['tokens_per_s']:>10.1f}{1 / row['time_over_dense']:>9.2f}x{row['time_over_dense']:>12.3f}"]
         cells += [f"{row[key]:>{width}.2f}" if key in row else " " * width

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedac_hf.ffn.low_bit import LowBitMatrix
 from timing import about, take_turns
 from torch import Tensor
 from torch.nn import functional
@@ -39,6 +38,7 @@ from torch.nn import functional
 from sedac_hf.ffn.schedule import align_width
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import ENGINES, FFNWeights, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ops.rust_cpu import CpuFFN, available, instruction_sets, read_memory
 
 SHAPES = {"896x4864": "0.5B", "2048x8192": "1B", "4096x14336": "8B"}

@@ -248,14 +248,14 @@ class _Untouched:
         self.eager = eager
         self.original = original_forward(module)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         execution = self.execution  # a decode step comes here some hundred times
         if not execution.serving or not execution.tracing:
-            return self.eager(x, *args, **kwargs)
-        return self.traced(x, *args, **kwargs)
+            return self.eager(*args, **kwargs)
+        return self.traced(*args, **kwargs)
 
-    def traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.original(x, *args, **kwargs)
+    def traced(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
 
     def levels(self, x: Tensor) -> Tensor | None:
         return self.execution.levels_at(self.i, x.numel() // x.shape[-1])
