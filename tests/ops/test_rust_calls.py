@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from sedac_hf.errors import ConfigError
 from sedac_hf.ops import OperatingPoint, cut_ffn
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN, CpuLinear, available
@@ -185,3 +186,33 @@ def test_engines_of_a_mixed_batch_agree_in_what_they_record():
         calls.append(record.calls[0])
     assert calls[0]["needed"] == calls[1]["needed"]
     assert site_cut([3], c.points).kernel is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda x: x[:, :-1], r"\[2, 63\]"),
+        (lambda x: x.double(), "float64"),
+        (lambda x: x[:0], r"\[0, 64\]"),
+        (lambda x: x.new_zeros(MAX_ROWS + 1, 64), r"\[5, 64\]"),
+        (lambda x: x.to("meta"), "meta"),
+    ],
+    ids=["hidden size", "dtype", "no rows", "too many rows", "device"],
+)
+def test_a_direct_call_never_leaves_the_memory_that_it_was_given(change, named) -> None:
+    weights = random_weights(64, 96)
+    x = change(torch.randn(2, 64))
+    with pytest.raises(ConfigError, match=named):
+        CpuFFN(weights).run(x, [OperatingPoint(96)] * x.shape[0])
+    with pytest.raises(ConfigError, match=named):
+        CpuLinear(weights.up, None).run(x)
+
+
+def test_a_direct_call_needs_a_point_per_row_and_room_for_hidden_values() -> None:
+    kernel, x = CpuFFN(random_weights(64, 96)), torch.randn(2, 64)
+    for points in (1, 3):
+        with pytest.raises(ConfigError, match=f"got {points}"):
+            kernel.run(x, [OperatingPoint(96)] * points)
+    for hidden in (torch.empty(1, 96), torch.empty(2, 96).double(), torch.empty(96, 2).T):
+        with pytest.raises(ConfigError, match="hidden"):
+            kernel.run(x, [OperatingPoint(96)] * 2, hidden)

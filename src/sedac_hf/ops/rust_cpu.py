@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.contract import Compensation, FFNWeights, OperatingPoint, ShadowTables, SiteCut
 from sedac_hf.ops.threads import kernel_threads, parallel_address
@@ -110,7 +111,22 @@ class CpuFFN:
         """x [n, d] with one point per row -> (y [n, d], units needed over all rows, units read).
 
         hidden: float32 [n, f], contiguous; receives the hidden values of the units in use, zeros elsewhere.
+
+        Raises:
+            ConfigError: an argument does not fit; the kernel sees addresses alone and could not tell.
         """
+        _check_input(x, self.hidden_size, self.dtype)
+        if x.dim() != 2 or len(points) != x.shape[0]:
+            raise ConfigError(f"one operating point per row of x {list(x.shape)} is needed, got {len(points)}")
+        if hidden is not None and not (
+            hidden.shape == (x.shape[0], self.intermediate_size)
+            and _is_plain(hidden, torch.float32)
+            and hidden.is_contiguous()
+        ):
+            raise ConfigError(
+                f"`hidden` must be contiguous float32 [{x.shape[0]}, {self.intermediate_size}] on the CPU, got "
+                f"{hidden.dtype} {list(hidden.shape)} with strides {hidden.stride()} on {hidden.device}"
+            )
         x = x.contiguous()
         y = torch.empty_like(x)
         needed, read = self._kernel.run(
@@ -162,7 +178,12 @@ class CpuLinear:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        """x [..., inputs] of at most `MAX_ROWS` rows in the weight's dtype -> [..., outputs]."""
+        """x [..., inputs] of at most `MAX_ROWS` rows in the weight's dtype -> [..., outputs].
+
+        Raises:
+            ConfigError: the input does not fit.
+        """
+        _check_input(x, self.inputs, self.dtype)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.outputs))
         self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, kernel_threads())
@@ -186,6 +207,15 @@ def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
 def _has_low_rank(compensation: Compensation, cut: SiteCut, x: Tensor) -> bool:
     levels = set(cut.plan.levels.tolist()) - {cut.plan.n_levels}
     return any(compensation.low_rank(level, x) is not None for level in levels)
+
+
+def _check_input(x: Tensor, size: int, dtype: torch.dtype) -> None:
+    if x.shape[-1] == size and x.dtype == dtype and x.device.type == "cpu" and 0 < x.numel() <= MAX_ROWS * size:
+        return
+    raise ConfigError(
+        f"a kernel's input must be 1 to {MAX_ROWS} rows of {size} in {dtype} on the CPU, got {x.dtype} "
+        f"{list(x.shape)} on {x.device}: run other calls in torch"
+    )
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -4,7 +4,8 @@
 //! The unsafe blocks of the portable path are checked by Miri, those of AVX2 by Valgrind (which hides AVX-512):
 //!
 //! ```text
-//! PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p sedac-kernels --test kernels
+//! export MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-ignore-leaks" # crossbeam, which rayon uses
+//! PROPTEST_CASES=1 cargo +nightly miri test -p sedac-kernels --test kernels
 //! PROPTEST_CASES=6 valgrind --error-exitcode=1 target/debug/deps/kernels-<hash> --test-threads=1
 //! ```
 
