@@ -12,6 +12,7 @@ __all__ = [
     "ForwardPass",
     "LinearKernel",
     "ParameterBlock",
+    "ProbeKernel",
     "StripPlanner",
     "instruction_sets",
     "read_memory",
@@ -107,6 +108,13 @@ class LinearKernel:
         cls, dtype: str, weight: tuple[int, int, int, int], bias: int, isa_name: str | None = None
     ) -> LinearKernel: ...
     def run(self, x: int, y: int, rows: int, threads: int) -> None: ...
+
+@final
+class ProbeKernel:
+    def __new__(
+        cls, dtype: str, norm: tuple[int, int, float], down: tuple[int, int, int, int], biases: tuple[int, int, int]
+    ) -> ProbeKernel: ...
+    def run(self, x: int, rows: int) -> NDArray[np.float32]: ...
 
 @final
 class StripPlanner:

@@ -8,6 +8,7 @@ import torch
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import rust_cpu
+from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime import SedacRuntime, decode_linears, planner
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
@@ -78,8 +79,8 @@ def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernel
     shapes = {linear.shape for linear in model.runtime.decode_linears}
     assert len(shapes) > 2
     for shape in shapes:
-        assert model.runtime.planner.linear_by_kernel(shape, 1) is kernels_win
-        assert model.runtime.planner.linear_by_kernel(shape, 3), "not measured: the kernel"
+        assert model.runtime.planner.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
+        assert model.runtime.planner.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
     model.reset_stats()
     with model.full_width():
         model(token_ids(1, 1))

@@ -1,8 +1,9 @@
-//! Decode kernels for CPUs: a cut FFN, and a plain linear map, for one to four rows.
+//! Decode kernels for CPUs: a cut FFN, a plain linear map and a probe, for one to four rows.
 //!
 //! With few rows a decoder's time is the time of reading its weights. These kernels read each weight once, at the
 //! speed of memory, and read nothing that a token does not use: [`ffn`] decides by a 4-bit [`Shadow`] which hidden units
-//! each row needs and touches the rows and columns of those units only; [`linear`] runs what is left of a decode step.
+//! each row needs and touches the rows and columns of those units only; [`linear`] runs what is left of a decode step,
+//! [`risks`] the probe that decides about the next.
 //!
 //! - Weights are `f32`, `bf16` or `f16` slices of the caller's memory, never copied; sums are in `f32`.
 //! - [`Isa`] is the instruction set, found at run time; all of them give results equal to plain Rust's up to the rounding
@@ -46,6 +47,7 @@ mod ffn;
 mod hidden;
 mod linear;
 mod matrix;
+mod probe;
 mod products;
 mod read;
 mod rows;
@@ -59,6 +61,7 @@ pub use error::Error;
 pub use ffn::{ffn, Down, Ffn, Point, Used};
 pub use linear::linear;
 pub use matrix::Matrix;
+pub use probe::{risks, Probe};
 pub use read::read;
 pub use shadow::Shadow;
 pub use team::{drain, OwnThreads, Serial, Team};

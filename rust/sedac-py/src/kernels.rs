@@ -19,11 +19,11 @@ use sedac_kernels::{
 use crate::openmp::{self, OpenMp};
 
 /// Address, rows, columns and distance of the rows in elements.
-type Placed = (usize, usize, usize, usize);
+pub(crate) type Placed = (usize, usize, usize, usize);
 /// Addresses of the shadow's codes, scales, bias (0: none) and unit norms.
 type PlacedShadow = (usize, usize, usize, usize);
 
-fn to_py(error: sedac_kernels::Error) -> PyErr {
+pub(crate) fn to_py(error: sedac_kernels::Error) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn read_memory(py: Python<'_>, address: usize, bytes: usize, threads:
     })
 }
 
-fn isa(name: Option<&str>) -> PyResult<Isa> {
+pub(crate) fn isa(name: Option<&str>) -> PyResult<Isa> {
     let Some(name) = name else { return Ok(Isa::detect()) };
     Isa::available().into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
         let have = instruction_sets().join(", ");
@@ -84,14 +84,14 @@ fn with_team<R>(threads: usize, work: impl FnOnce(&dyn Team) -> R) -> R {
 }
 
 #[derive(Clone, Copy)]
-enum Dtype {
+pub(crate) enum Dtype {
     F32,
     Bf16,
     F16,
 }
 
 impl Dtype {
-    fn named(name: &str) -> PyResult<Self> {
+    pub(crate) fn named(name: &str) -> PyResult<Self> {
         match name {
             "float32" => Ok(Self::F32),
             "bfloat16" => Ok(Self::Bf16),
@@ -106,7 +106,7 @@ impl Dtype {
 /// # Safety
 ///
 /// `length` elements of type T, initialised, must be at `address` as long as the slice lives, and nobody may write them.
-unsafe fn slice<'a, T>(address: usize, length: usize) -> &'a [T] {
+pub(crate) unsafe fn slice<'a, T>(address: usize, length: usize) -> &'a [T] {
     if length == 0 {
         return &[];
     }
@@ -117,7 +117,7 @@ unsafe fn slice<'a, T>(address: usize, length: usize) -> &'a [T] {
 /// # Safety
 ///
 /// As [`slice`], and nobody else may read them either.
-unsafe fn slice_mut<'a, T>(address: usize, length: usize) -> &'a mut [T] {
+pub(crate) unsafe fn slice_mut<'a, T>(address: usize, length: usize) -> &'a mut [T] {
     if length == 0 {
         return &mut [];
     }
@@ -128,7 +128,7 @@ unsafe fn slice_mut<'a, T>(address: usize, length: usize) -> &'a mut [T] {
 /// # Safety
 ///
 /// As [`slice`], for every row.
-unsafe fn matrix<'a, T: Copy>(
+pub(crate) unsafe fn matrix<'a, T: Copy>(
     (address, rows, columns, stride): Placed,
 ) -> Result<Matrix<'a, T>, sedac_kernels::Error> {
     let length = if rows == 0 { 0 } else { (rows - 1) * stride + columns };

@@ -5,6 +5,7 @@ mod controller;
 mod kernels;
 mod openmp;
 mod parameter_block;
+mod probe;
 mod strips;
 
 use pyo3::prelude::*;
@@ -18,6 +19,8 @@ mod _rust {
     use crate::kernels::{instruction_sets, read_memory, set_openmp, FfnKernel, LinearKernel};
     #[pymodule_export]
     use crate::parameter_block::ParameterBlock;
+    #[pymodule_export]
+    use crate::probe::ProbeKernel;
     #[pymodule_export]
     use crate::strips::StripPlanner;
 }

@@ -36,21 +36,21 @@ from sedac_hf.ops.tokens import (
 logger = logging.get_logger(__name__)
 
 Current = Callable[[], "SiteCut | None"]
-Whole = Callable[[Tensor], "Tensor | None"]
+Decode = Callable[[Tensor], "Tensor | None"]
 
 # Some classes split or view the hidden units; an empty tensor would break them.
 _LEAST_EMITTED = 8
 
 
 def forward_replacements(
-    site: FFNSite, current: Current, whole: Whole | None = None
+    site: FFNSite, current: Current, decode: Decode | None = None
 ) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a site and the forwards that cut it.
 
     Args:
         site: the FFN.
         current: the cut of the forward pass that calls it, asked at each call; None runs the original forwards.
-        whole: where every token is whole, asked for the output [n, d] of x [n, d]; None leaves it to the original.
+        decode: asked first for a recognised FFN's output, in the input's shape; None leaves the call to the others.
 
     Returns:
         (module, forward) pairs. Install each as ``module.forward``, or as accelerate's ``_old_forward`` where the
@@ -64,7 +64,7 @@ def forward_replacements(
     pairs.append((site.up, _Producer(call, site.up, gives_x=site.gate is None).forward))
     pairs.append((site.down, _Consumer(call, site.down).forward))
     if site.plain_forward:
-        pairs.append((site.owner, _Owner(call, whole).forward))
+        pairs.append((site.owner, _Owner(call, decode).forward))
     return pairs
 
 
@@ -215,12 +215,16 @@ class _Consumer:
 class _Owner:
     """Forward of a recognised FFN: the whole call goes to the engines of `sedac_hf.ops`."""
 
-    def __init__(self, call: _Calls, whole: Whole | None) -> None:
+    def __init__(self, call: _Calls, decode: Decode | None) -> None:
         self.call = call
-        self.whole = whole
+        self.decode = decode
         self.original = original_forward(call.site.owner)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.decode is not None and not args and not kwargs:
+            y = self.decode(x)
+            if y is not None:
+                return y
         cut, site = self.call.cut(), self.call.site
         unusual = (
             args
@@ -229,16 +233,9 @@ class _Owner:
             or x.dtype != weight_of(site.down).dtype
             or torch.is_autocast_enabled(x.device.type)
         )
-        if unusual or (cut is None and self.whole is None) or (cut is not None and _rows_of(x) != cut.plan.n_tokens):
+        if unusual or cut is None or _rows_of(x) != cut.plan.n_tokens:
             return self.original(x, *args, **kwargs)
-        flat = x.reshape(-1, x.shape[-1])
-        if cut is not None:
-            # The kernel's views may have been made without gradients.
-            kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
-            y = cut_ffn(flat, kept or site.weights(), cut)
-        else:
-            done = None if self.whole is None else self.whole(flat)
-            if done is None:
-                return self.original(x)
-            y = done
+        # The kernel's views may have been made without gradients.
+        kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
+        y = cut_ffn(x.reshape(-1, x.shape[-1]), kept or site.weights(), cut)
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -243,6 +243,16 @@ class SiteCut:
         return any(n and level and self.points[level].importance_min > 0 for level, n in enumerate(per_level))
 
     @cached_property
+    def kernel_alone(self) -> bool:
+        """Whether the compiled kernel gives the whole result."""
+        return (
+            self.kernel is not None
+            and self.engine in ("auto", "rust")
+            and self.compensation is None
+            and (self.kernel.selects or not self.chooses)
+        )
+
+    @cached_property
     def token_points(self) -> list[OperatingPoint]:
         """The operating point of each token, widths from 0 up; level 0 uses nothing."""
         nothing = OperatingPoint(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,8 @@ class CpuFFN:
         self.hidden_size, self.intermediate_size = weights.hidden_size, weights.intermediate_size
         self.dtype = weights.up.dtype
         self.selects = shadow is not None
+        self.whole_points = [OperatingPoint(self.intermediate_size)] * MAX_ROWS
+        self._most = MAX_ROWS * self.hidden_size
         by_columns = _rows_are_runs(weights.down.T)
         self._kernel = _rust.FfnKernel(
             str(weights.up.dtype).removeprefix("torch."),
@@ -127,24 +130,30 @@ class CpuFFN:
                 f"`hidden` must be contiguous float32 [{x.shape[0]}, {self.intermediate_size}] on the CPU, got "
                 f"{hidden.dtype} {list(hidden.shape)} with strides {hidden.stride()} on {hidden.device}"
             )
+        return self.run_accepted(x, points, kernel_threads(), hidden)
+
+    def run_accepted(
+        self, x: Tensor, points: Sequence[OperatingPoint], threads: int, hidden: Tensor | None = None
+    ) -> tuple[Tensor, int, int]:
+        """`run` without its checks, for x [..., d] that `accepts` has seen, with one point per row."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        needed, read = self._kernel.run(
-            x.data_ptr(), y.data_ptr(), points, kernel_threads(), 0 if hidden is None else hidden.data_ptr()
-        )
+        address = 0 if hidden is None else hidden.data_ptr()
+        needed, read = self._kernel.run(x.data_ptr(), y.data_ptr(), points, threads, address)
         return y, needed, read
 
     def whole(self, x: Tensor) -> Tensor:
         """The whole FFN: x [n, d] -> y [n, d]."""
-        return self.run(x, [OperatingPoint(self.intermediate_size)] * x.shape[0])[0]
+        return self.run(x, self.whole_points[: x.shape[0]])[0]
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether a call with this input can be run: one to four rows, the weights' dtype, no gradient."""
+        """Whether a call with x [..., d] can be run: one to four rows, the weights' dtype, no gradient."""
+        # A decode step asks this for each FFN: no device or shape objects are made.
         return (
-            0 < x.shape[0] <= MAX_ROWS
-            and x.shape[1] == self.hidden_size
-            and x.dtype == self.dtype
-            and x.device.type == "cpu"
+            x.dtype is self.dtype
+            and x.size(-1) == self.hidden_size
+            and 0 < x.numel() <= self._most
+            and x.is_cpu
             and not (torch.is_grad_enabled() and (x.requires_grad or self._learns()))
         )
 
@@ -162,6 +171,7 @@ class CpuLinear:
         self._keep = (weight, bias)
         self.dtype = weight.dtype
         self.inputs, self.outputs = weight.shape[1], weight.shape[0]
+        self._most = MAX_ROWS * self.inputs
         self._kernel = _rust.LinearKernel(
             str(weight.dtype).removeprefix("torch."), _placed(weight), _address(bias), isa
         )
@@ -184,10 +194,67 @@ class CpuLinear:
             ConfigError: the input does not fit.
         """
         _check_input(x, self.inputs, self.dtype)
-        x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.outputs))
-        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, kernel_threads())
+        return self.run_accepted(x.contiguous(), kernel_threads())
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether `run_accepted` may be called with this input: one to four rows as they must lie."""
+        return (
+            x.dtype is self.dtype
+            and x.size(-1) == self.inputs
+            and 0 < x.numel() <= self._most
+            and x.is_cpu
+            and x.is_contiguous()
+        )
+
+    def run_accepted(self, x: Tensor, threads: int) -> Tensor:
+        """`run` without its checks, for inputs that `accepts` has seen."""
+        square = self.outputs == self.inputs
+        y = torch.empty_like(x) if square else x.new_empty((*x.shape[:-1], self.outputs))
+        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, threads)
         return y
+
+
+class CpuProbe:
+    """The kernel of one probe: LayerNorm, low-rank map, GELU, scalar, softplus, as `sedac_hf.probes` defines it.
+
+    Args:
+        parameters: LayerNorm's weight and bias [d], the map's weight [rank, d] and bias [rank], the output's weight
+            [1, rank] and bias [1]; must satisfy `fits`. The kernel keeps them.
+        eps: LayerNorm's.
+        dtype: of the hidden states.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], eps: float, dtype: torch.dtype) -> None:
+        self._keep = norm, norm_bias, down, down_bias, out, out_bias = tuple(parameters)
+        self.dtype, self.hidden_size = dtype, down.shape[1]
+        self._most = MAX_ROWS * self.hidden_size
+        self._kernel = _rust.ProbeKernel(
+            str(dtype).removeprefix("torch."),
+            (norm.data_ptr(), norm_bias.data_ptr(), eps),
+            _placed(down),
+            (down_bias.data_ptr(), out.data_ptr(), out_bias.data_ptr()),
+        )
+
+    @staticmethod
+    def fits(parameters: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether the kernel can run a probe: float32 in contiguous CPU memory, hidden states of a known dtype."""
+        plain = all(_is_plain(tensor, torch.float32) and tensor.is_contiguous() for tensor in parameters)
+        return _rust is not None and dtype in _DTYPES and plain
+
+    def accepts(self, hidden: Tensor) -> bool:
+        """Whether the kernel can run this input [..., d]: one to four rows, contiguous, of its dtype."""
+        return (
+            hidden.dtype is self.dtype
+            and hidden.size(-1) == self.hidden_size
+            and 0 < hidden.numel() <= self._most
+            and hidden.is_cpu
+            and hidden.is_contiguous()
+        )
+
+    def run_accepted(self, hidden: Tensor) -> np.ndarray:
+        """Risks float32 [n] of hidden [..., d] that `accepts` has seen."""
+        risks: np.ndarray = self._kernel.run(hidden.data_ptr(), hidden.numel() // self.hidden_size)
+        return risks
 
 
 def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
@@ -196,7 +263,7 @@ def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     low_rank = cut.compensation is not None and _has_low_rank(cut.compensation, cut, x)
     hidden = x.new_empty((x.shape[0], weights.intermediate_size), dtype=torch.float32) if low_rank else None
     y: Tensor
-    y, needed, read = kernel.run(x, cut.token_points, hidden)
+    y, needed, read = kernel.run_accepted(x, cut.token_points, kernel_threads(), hidden)
     cut.record(engine="rust", tokens=x.shape[0], needed=needed, read=read, computed=needed)
     if cut.compensation is None:
         return y

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
+from sedac_hf.ops.threads import kernel_threads
 
 _LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
 
 _NO_KERNEL = (0, 0, None)
 
 Shape = tuple[int, int, torch.dtype]
+Usable = Callable[[Shape, int, int], bool]
 
 
 class DecodeLinear:
@@ -27,20 +29,22 @@ class DecodeLinear:
 
     Args:
         module: a plain `nn.Linear` on the CPU.
-        usable: asked with shape and rows whether the kernel may run.
+        usable: asked with shape, rows and threads whether the kernel may run.
     """
 
-    def __init__(self, module: nn.Linear, usable: Callable[[Shape, int], bool]) -> None:
+    def __init__(self, module: nn.Linear, usable: Usable) -> None:
         self.module = module
         self.usable = usable
         self.original = original_forward(module)
         weight = weight_of(module)
         self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
+        self._most = self.shape[1] * MAX_ROWS
         self._kernel: tuple[int, int, CpuLinear | None] = _NO_KERNEL
 
     def forward(self, input: Tensor) -> Any:
-        # Named as nn.Linear names it. A decode step calls this about a hundred times: every test costs.
-        if input.numel() <= self.shape[1] * MAX_ROWS:
+        # Named as nn.Linear names it. A decode step calls this about a hundred times, each time with caches that the
+        # weights have swept: every call of torch's counts.
+        if input.numel() <= self._most:
             y = self.by_kernel(input, ask=True)
             if y is not None:
                 return y
@@ -51,7 +55,6 @@ class DecodeLinear:
 
         ask: None too where it is not to be used for so many rows.
         """
-        outputs, inputs, dtype = self.shape
         held = self.module._parameters
         weight, bias = held.get("weight"), held.get("bias")
         if weight is None:  # pruned or parametrised since: a function of other parameters
@@ -59,22 +62,24 @@ class DecodeLinear:
         address, bias_address = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         known_address, known_bias, kernel = self._kernel
         if known_address != address or known_bias != bias_address:
+            outputs, inputs, dtype = self.shape
             fits = weight.shape == (outputs, inputs) and weight.dtype == dtype and CpuLinear.fits(weight, bias)
             kernel = CpuLinear(weight, bias) if fits else None
             self._kernel = (address, bias_address, kernel)
-        if kernel is None or x.dtype != dtype or x.shape[-1] != inputs or x.device.type != "cpu" or not x.numel():
+        if kernel is None or not kernel.accepts(x) or torch.is_autocast_enabled("cpu"):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
-        if torch.is_autocast_enabled("cpu") or (ask and not self.usable(self.shape, x.numel() // inputs)):
+        threads = kernel_threads()
+        if ask and not self.usable(self.shape, x.numel() // kernel.inputs, threads):
             return None
-        return kernel.run(x)
+        return kernel.run_accepted(x, threads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": _NO_KERNEL}  # a kernel is made of addresses
 
 
-def decode_linears(model: nn.Module, others: set[int], usable: Callable[[Shape, int], bool]) -> Iterator[DecodeLinear]:
+def decode_linears(model: nn.Module, others: set[int], usable: Usable) -> Iterator[DecodeLinear]:
     """The linear maps of a model that kernels can run, without those whose ``id`` is in ``others``."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module) not in others and is_plain(module) and is_readable(module):

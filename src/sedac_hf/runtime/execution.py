@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
-from sedac_hf.ops.threads import begin_step, end_step
+from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
+from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass
 from sedac_hf.runtime.observation import hidden_of
 
@@ -41,6 +42,7 @@ class Execution:
         # A decode step is short: what is the same from step to step is made once.
         self._few: dict[bytes, LevelPlan] = {}
         self._cuts: list[_KnownCut | None] = [None] * len(runtime.sites)
+        self._probes = DecodeProbes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cuts": [None] * len(self._cuts)}  # they hold kernels, which are made of addresses
@@ -80,6 +82,16 @@ class Execution:
             end_step()
         if output is None or state.n_tokens == 0:  # the forward raised, or there was nothing to read
             return
+        counted = state.counted
+        for idx, risks, exited, ratio in state.decided:
+            failed = int(np.count_nonzero(~np.isfinite(risks[counted])))
+            runtime.tally.checkpoint(idx, exited[counted], ratio[counted], failed)
+        for i, is_cut, decided, needed, read in state.decoded:
+            state.recorded.add(i)
+            engine = "rust" if is_cut else "rust, whole"
+            runtime.tally.ffn(
+                i, engine=engine, tokens=state.n_tokens, needed=needed, read=read, computed=needed, shadow=decided
+            )
         for i, site in enumerate(runtime.sites):
             if i not in state.recorded:
                 units = site.intermediate_size
@@ -107,10 +119,7 @@ class Execution:
         decided = state.controller_state
         if runtime.adaptive_thresholds:
             controller.update_threshold(runtime.checkpoint_layers[idx], values[state.counted])
-        counted = state.counted
-        finite = np.isfinite(values)
-        failed = 0 if finite.all() else int(np.count_nonzero(~finite[counted]))
-        runtime.tally.checkpoint(idx, decided.exited[counted], decided.ratio[counted], failed)
+        state.decided.append((idx, values, decided.exited, decided.ratio))
         if state.prompt is not None:
             levels = np.where(state.prompt, np.uint8(controller.n_levels), levels).astype(np.uint8)
         if runtime.on_decision is not None:
@@ -126,6 +135,11 @@ class Execution:
             return np.zeros(n_tokens, np.float32)
         probes = runtime.probes
         assert probes is not None
+        if runtime.weights.uses_kernels and not runtime.sharded and n_tokens <= MAX_ROWS:
+            risks = self._probes.risks(probes, runtime.checkpoint_layers[idx], hidden)
+            if risks is not None:
+                runtime.tally.probe(probes.parameters_per_token, n_tokens)
+                return risks
         with torch.no_grad():
             risk = probes.risk(runtime.checkpoint_layers[idx], hidden.reshape(-1, runtime.hidden_size))
             shard = runtime.sites[0].shard
@@ -139,10 +153,13 @@ class Execution:
         state = current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
+        return self._cut(i, state, runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None)
+
+    def _cut(self, i: int, state: ForwardPass, kernel: CpuFFN | None) -> SiteCut | None:
+        runtime = self._runtime
         plan, points, compensation = self._resolve(i, state)
         if plan is None or plan.uniform == plan.n_levels:
             return None
-        kernel = runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None
         shadow = runtime.weights.shadows[i]
         known = self._cuts[i]
         if (
@@ -184,19 +201,33 @@ class Execution:
             strip_planner=runtime.strip_planner,
         )
 
-    def site_whole(self, i: int, x: Tensor) -> Tensor | None:
-        """The whole FFN of site i by its compiled kernel, x [n, d] -> [n, d]; None: the module itself is to run."""
+    def site_decoded(self, i: int, x: Tensor) -> Tensor | None:
+        """The FFN of site i for x [..., d] of a decode step by its compiled kernel, cut or whole; None: the usual way.
+
+        A step comes here for each of its FFNs, each time with caches that the weights have swept, so that the same
+        lines of Python take several times as long as alone: nothing is worked out that an earlier step has.
+        """
         runtime = self._runtime
         state = current_pass.get()
-        if x.shape[0] > MAX_ROWS or state is None or state.runtime is not runtime or x.shape[0] != state.n_tokens:
+        if state is None or state.runtime is not runtime or not 0 < state.n_tokens <= MAX_ROWS:
             return None
         kernel = runtime.weights.kernel(i)
-        if kernel is None or not kernel.accepts(x) or not runtime.planner.whole_by_kernel(kernel, x.shape[0]):
+        if kernel is None or not kernel.accepts(x) or x.numel() != state.n_tokens * kernel.hidden_size:
             return None
-        y = kernel.whole(x)
-        n, units = state.n_tokens, kernel.intermediate_size
-        state.recorded.add(i)
-        runtime.tally.ffn(i, engine="rust, whole", tokens=n, needed=units * n, read=units, computed=units * n)
+        if runtime.sites[i].owner.training or torch.is_autocast_enabled("cpu"):
+            return None
+        cut = None if state.whole else self._cut(i, state, kernel)
+        threads = kernel_threads()
+        if cut is not None:
+            if not cut.kernel_alone:
+                return None
+            y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
+            state.decoded.append((i, True, cut.importance is not None, needed, read))
+            return y
+        if not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads):
+            return None
+        y, needed, read = kernel.run_accepted(x, kernel.whole_points[: state.n_tokens], threads)
+        state.decoded.append((i, False, False, needed, read))
         return y
 
     def _resolve(

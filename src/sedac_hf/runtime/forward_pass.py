@@ -59,6 +59,10 @@ class ForwardPass:
     plan: the levels in force, None before the first checkpoint.
     torch_alone: torch is kept to one thread during this pass.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
+    recorded: sites whose call has been counted.
+    Counted together when the pass ends, which is quicker where a pass is short: decided, (checkpoint_idx, risks,
+    exited, ratio) of each checkpoint, and decoded, (site, whether it was cut, whether a shadow decided, units needed,
+    units read) of the FFNs of a decode step that kernels ran.
     """
 
     runtime: SedacRuntime
@@ -71,6 +75,8 @@ class ForwardPass:
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
     previous: ForwardPass | None = None
     recorded: set[int] = field(default_factory=set)
+    decided: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    decoded: list[tuple[int, bool, bool, int, int]] = field(default_factory=list)
 
     @property
     def counted(self) -> np.ndarray | slice:

@@ -66,13 +66,13 @@ class GenerationPlanner:
 
     # ---------------------------------------------------------------- kernel or module
 
-    def linear_by_kernel(self, shape: Shape, rows: int) -> bool:
+    def linear_by_kernel(self, shape: Shape, rows: int, threads: int) -> bool:
         """Whether linear maps of this shape run by the kernel; yes where it has not been measured."""
-        return self._by_kernel.get((*shape, rows, kernel_threads()), True)
+        return self._by_kernel.get((shape, rows, threads), True)
 
-    def whole_by_kernel(self, kernel: CpuFFN, rows: int) -> bool:
+    def whole_by_kernel(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
         """The same for whole FFNs."""
-        return self._by_kernel.get((*_ffn_shape(kernel), rows, kernel_threads()), True)
+        return self._by_kernel.get((_ffn_shape(kernel), rows, threads), True)
 
     def _compare_kernels(self, rows: int) -> None:
         runtime = self._runtime
@@ -81,7 +81,7 @@ class GenerationPlanner:
         threads = kernel_threads()
         linears: dict[tuple[object, ...], list[DecodeLinear]] = {}
         for linear in runtime.decode_linears:
-            linears.setdefault((*linear.shape, rows, threads), []).append(linear)
+            linears.setdefault((linear.shape, rows, threads), []).append(linear)
         for key, alike in linears.items():
             if key not in self._by_kernel:
                 self._by_kernel[key] = _linear_is_faster(alike, rows)
@@ -89,7 +89,7 @@ class GenerationPlanner:
         for i, site in enumerate(runtime.sites):
             kernel = runtime.weights.kernel(i)
             if kernel is not None:
-                sites.setdefault((*_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
+                sites.setdefault((_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
         for key, of_shape in sites.items():
             if key not in self._by_kernel:
                 x = _noise(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
@@ -141,7 +141,7 @@ class GenerationPlanner:
             kernel=kernel,
         )
         whole: Call = functools.partial(site.owner, x)
-        if kernel is not None and kernel.accepts(x) and self.whole_by_kernel(kernel, rows):
+        if kernel is not None and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
             whole = functools.partial(kernel.whole, x)
         return whole, functools.partial(cut_ffn, x, weights, cut)
 

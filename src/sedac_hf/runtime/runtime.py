@@ -234,8 +234,8 @@ class SedacRuntime:
             for idx, layer in enumerate(self.checkpoint_layers):
                 attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
             for i, site in enumerate(self.sites):
-                cut, whole = functools.partial(execution.site_cut, i), functools.partial(execution.site_whole, i)
-                replacements = forward_replacements(site, cut, whole if kernels else None)
+                cut, decode = functools.partial(execution.site_cut, i), functools.partial(execution.site_decoded, i)
+                replacements = forward_replacements(site, cut, decode if kernels else None)
                 attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()
             if kernels:

@@ -134,11 +134,18 @@ class PreparedWeights:
         if not self.uses_kernels:
             return None
         known = self._kernels[site]
-        if known is None or any(_address(held, name) != address for held, name, address in known[0]):
-            held_by: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
-            addresses = [(held, name, _address(held, name)) for held in held_by for name in ("weight", "bias")]
-            known = self._kernels[site] = (addresses, _kernel(self.sites[site], self.shadows[site]))
-        return known[1]
+        if known is not None:
+            for held, name, address in known[0]:
+                tensor = held.get(name)
+                if address != (0 if tensor is None else tensor.data_ptr()):
+                    break
+            else:
+                return known[1]
+        held_by: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
+        addresses = [(held, name, _address(held, name)) for held in held_by for name in ("weight", "bias")]
+        kernel = _kernel(self.sites[site], self.shadows[site])
+        self._kernels[site] = (addresses, kernel)
+        return kernel
 
     def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
         """What decides which units a token uses in this FFN; None where there is no shadow."""
