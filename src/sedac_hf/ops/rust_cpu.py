@@ -172,6 +172,7 @@ class CpuLinear:
         self.dtype = weight.dtype
         self.inputs, self.outputs = weight.shape[1], weight.shape[0]
         self._most = MAX_ROWS * self.inputs
+        self._outputs_like: dict[tuple[int, int, int], Tensor] = {}
         self._kernel = _rust.LinearKernel(
             str(weight.dtype).removeprefix("torch."), _placed(weight), _address(bias), isa
         )
@@ -208,10 +209,18 @@ class CpuLinear:
 
     def run_accepted(self, x: Tensor, threads: int) -> Tensor:
         """`run` without its checks, for inputs that `accepts` has seen."""
-        square = self.outputs == self.inputs
-        y = torch.empty_like(x) if square else x.new_empty((*x.shape[:-1], self.outputs))
+        y = torch.empty_like(x if self.outputs == self.inputs else self._output_like(x))
         self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, threads)
         return y
+
+    def _output_like(self, x: Tensor) -> Tensor:
+        """A tensor of the output's shape. With the caches of a decode step, making a shape takes longer than all else
+        around a small map, so the tensors are kept; up to three dimensions these numbers tell shapes apart."""
+        key = x.dim(), x.size(0), x.numel()
+        like = self._outputs_like.get(key)
+        if like is None or key[0] > 3:
+            like = self._outputs_like[key] = x.new_empty((*x.shape[:-1], self.outputs))
+        return like
 
 
 class CpuProbe:
