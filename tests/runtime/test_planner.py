@@ -81,12 +81,31 @@ def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernel
     for shape in shapes:
         assert model.runtime.planner.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
         assert model.runtime.planner.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
-    model.reset_stats()
     with model.full_width():
-        model(token_ids(1, 1))
-        assert ("rust, whole" in model.stats().engines) is kernels_win
-        model(token_ids(1, 3))
-        assert "rust, whole" in model.stats().engines
+        for rows, by_kernel in ((1, kernels_win), (3, True)):
+            model.reset_stats()
+            monkeypatch.setattr(model.runtime.planner, "_compare_kernels", lambda _: None)
+            model.generate(token_ids(rows, 5), max_new_tokens=3)
+            assert ("rust, whole" in model.stats().engines) is by_kernel
+
+
+@needs_kernels
+@torch.no_grad()
+def test_without_generate_or_consistent_nothing_goes_by_time(model, monkeypatch):
+    """Times differ from run to run; where bits matter they must not have a say."""
+    measured(monkeypatch, lambda n: [2.0, 1.0][:n])
+    fresh = model(token_ids(1, 1)).logits
+    model.generate(token_ids(1, 4), max_new_tokens=2)
+    assert not all(model.runtime.planner._by_kernel.values())
+    assert torch.equal(model(token_ids(1, 1)).logits, fresh)
+    for forward in (
+        lambda: model(token_ids(1, 1)),
+        lambda: model.generate(token_ids(1, 5), max_new_tokens=3, consistent=True),
+    ):
+        with model.full_width():
+            model.reset_stats()
+            forward()
+            assert "rust, whole" in model.stats().engines
 
 
 def test_measuring_draws_no_random_numbers(model):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
 from sedac_hf.ops.threads import kernel_threads
+from sedac_hf.runtime.forward_pass import current_pass
 
 _LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
 
@@ -53,7 +54,7 @@ class DecodeLinear:
     def by_kernel(self, x: Tensor, *, ask: bool = False) -> Tensor | None:
         """x [..., inputs] of few rows -> [..., outputs]; None where the kernel can't run this call.
 
-        ask: None too where it is not to be used for so many rows.
+        ask: None too where the module was measured to be quicker, in a pass that goes by time.
         """
         held = self.module._parameters
         weight, bias = held.get("weight"), held.get("bias")
@@ -66,14 +67,18 @@ class DecodeLinear:
             fits = weight.shape == (outputs, inputs) and weight.dtype == dtype and CpuLinear.fits(weight, bias)
             kernel = CpuLinear(weight, bias) if fits else None
             self._kernel = (address, bias_address, kernel)
-        if kernel is None or not kernel.accepts(x) or torch.is_autocast_enabled("cpu"):
+        if kernel is None or not kernel.accepts(x):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
-        threads = kernel_threads()
-        if ask and not self.usable(self.shape, x.numel() // kernel.inputs, threads):
+        state = current_pass.get()
+        if state is None:
+            return None if torch.is_autocast_enabled("cpu") else kernel.run_accepted(x, kernel_threads())
+        if not state.threads:
             return None
-        return kernel.run_accepted(x, threads)
+        if ask and state.by_time and not self.usable(self.shape, x.numel() // kernel.inputs, state.threads):
+            return None
+        return kernel.run_accepted(x, state.threads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": _NO_KERNEL}  # a kernel is made of addresses

@@ -58,12 +58,16 @@ class Execution:
             runtime.tally.fail_safe(1)
             return
         runtime.tally.begin(state.n_tokens)
-        if runtime.decode_linears and state.n_tokens <= MAX_ROWS:
-            state.torch_alone = begin_step()
+        generation = current_generation.get()
+        ours = generation is not None and generation.runtime is runtime
+        if runtime.weights.uses_kernels and state.n_tokens <= MAX_ROWS and not torch.is_autocast_enabled("cpu"):
+            if runtime.decode_linears:
+                state.torch_alone = begin_step()
+            state.threads = kernel_threads()
+            state.by_time = generation is not None and ours and generation.by_time
         if runtime.forcing is not None:
             return
-        generation = current_generation.get()
-        if generation is not None and generation.runtime is runtime:
+        if generation is not None and ours:
             state.whole = generation.full_width
             state.prompt = generation.prompt_mask(*shape, dict(kwargs))
         if runtime.whole_depth or runtime.policy is None or (state.prompt is not None and bool(state.prompt.all())):
@@ -135,7 +139,8 @@ class Execution:
             return np.zeros(n_tokens, np.float32)
         probes = runtime.probes
         assert probes is not None
-        if runtime.weights.uses_kernels and not runtime.sharded and n_tokens <= MAX_ROWS:
+        state = current_pass.get()
+        if state is not None and state.threads and not runtime.sharded:
             risks = self._probes.risks(probes, runtime.checkpoint_layers[idx], hidden)
             if risks is not None:
                 runtime.tally.probe(probes.parameters_per_token, n_tokens)
@@ -209,22 +214,22 @@ class Execution:
         """
         runtime = self._runtime
         state = current_pass.get()
-        if state is None or state.runtime is not runtime or not 0 < state.n_tokens <= MAX_ROWS:
+        if state is None or state.runtime is not runtime or not state.threads or not state.n_tokens:
             return None
         kernel = runtime.weights.kernel(i)
         if kernel is None or not kernel.accepts(x) or x.numel() != state.n_tokens * kernel.hidden_size:
             return None
-        if runtime.sites[i].owner.training or torch.is_autocast_enabled("cpu"):
+        if runtime.sites[i].owner.training:  # dropout is the class's own affair
             return None
         cut = None if state.whole else self._cut(i, state, kernel)
-        threads = kernel_threads()
+        threads = state.threads
         if cut is not None:
             if not cut.kernel_alone:
                 return None
             y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
             state.decoded.append((i, True, cut.importance is not None, needed, read))
             return y
-        if not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads):
+        if state.by_time and not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads):
             return None
         y, needed, read = kernel.run_accepted(x, kernel.whole_points[: state.n_tokens], threads)
         state.decoded.append((i, False, False, needed, read))

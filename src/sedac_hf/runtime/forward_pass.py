@@ -24,6 +24,7 @@ class GenerationCall:
 
     runtime: SedacRuntime
     full_width: bool
+    by_time: bool  # compiled kernel or module: what was measured to be quicker; False: the kernels
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
     past_prompt: bool = False  # a call without prompt tokens was seen: no later one has any
@@ -58,6 +59,8 @@ class ForwardPass:
     whole: every FFN runs untouched in this pass.
     plan: the levels in force, None before the first checkpoint.
     torch_alone: torch is kept to one thread during this pass.
+    threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
+    by_time: a module runs where it was measured to be quicker than its kernel.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     recorded: sites whose call has been counted.
     Counted together when the pass ends, which is quicker where a pass is short: decided, (checkpoint_idx, risks,
@@ -70,6 +73,8 @@ class ForwardPass:
     prompt: np.ndarray | None = None
     whole: bool = False
     torch_alone: bool = False
+    threads: int = 0
+    by_time: bool = False
     controller_state: Any = None
     plan: LevelPlan | None = None
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)

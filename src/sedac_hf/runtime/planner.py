@@ -47,7 +47,7 @@ class GenerationPlanner:
         self._by_kernel: dict[tuple[object, ...], bool] = {}
 
     def choose(self, rows: int, *, consistent: bool = False) -> tuple[bool, str]:
-        """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent`` asks for the cut whatever it costs."""
+        """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent``: cut whatever it costs, unmeasured."""
         runtime = self._runtime
         if runtime.policy is None:
             return False, "not calibrated"
@@ -55,9 +55,9 @@ class GenerationPlanner:
             return False, "disabled"  # and weights lie otherwise than when they are cut: nothing to measure
         if runtime.sharded:
             return True, "the ranks of a tensor-parallel base must choose alike, so nothing is measured"
-        self._compare_kernels(rows)
         if consistent:
             return True, "asked for"
+        self._compare_kernels(rows)
         weight = weight_of(runtime.sites[-1].down)
         key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:

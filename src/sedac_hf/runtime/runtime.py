@@ -325,7 +325,7 @@ class SedacRuntime:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
         cut, reason = self.planner.choose(rows, consistent=consistent)
         self.tally.choice(f"{'cut' if cut else 'full width'}: {reason}")
-        return GenerationCall(self, not cut, reason, prompt_length if full_prompt else 0)
+        return GenerationCall(self, not cut, not consistent, reason, prompt_length if full_prompt else 0)
 
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
