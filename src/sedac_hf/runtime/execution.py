@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.shadow import ExactGate, Shadow
-from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.contract import Compensation, DecodeKernel, LevelPlan, OperatingPoint, SiteCut
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
 from sedac_hf.ops.threads import begin_step, end_step
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass
@@ -27,7 +27,7 @@ class _KnownCut(NamedTuple):
     plan: LevelPlan
     points: tuple[OperatingPoint, ...]
     compensation: Compensation | None
-    kernel: CpuFFN | None
+    kernel: DecodeKernel | None
     shadow: Shadow | ExactGate | None
     engine: str
     cut: SiteCut | None
@@ -164,7 +164,7 @@ class Execution:
         plan: LevelPlan,
         points: tuple[OperatingPoint, ...],
         compensation: Compensation | None,
-        kernel: CpuFFN | None,
+        kernel: DecodeKernel | None,
         shadow: Shadow | ExactGate | None,
     ) -> SiteCut | None:
         runtime = self._runtime
@@ -191,7 +191,9 @@ class Execution:
         if x.shape[0] > MAX_ROWS or state is None or state.runtime is not runtime or x.shape[0] != state.n_tokens:
             return None
         kernel = runtime.weights.kernel(i)
-        if kernel is None or not kernel.accepts(x) or not runtime.planner.whole_by_kernel(kernel, x.shape[0]):
+        if not isinstance(kernel, CpuFFN):  # the others do not run whole FFNs
+            return None
+        if not kernel.accepts(x) or not runtime.planner.whole_by_kernel(kernel, x.shape[0]):
             return None
         y = kernel.whole(x)
         n, units = state.n_tokens, kernel.intermediate_size
