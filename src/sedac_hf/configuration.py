@@ -172,7 +172,7 @@ class SedacConfig(PreTrainedConfig):
         prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
         adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".
-        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
+        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather", "rust" or "triton".
         extra_memory: most bytes that shadow, compensation, probes and orders may take together, as a share of the
             base's; at calibration it decides the shadow's bits and the compensation's rank (see
             `sedac_hf.runtime.memory`).
@@ -245,7 +245,7 @@ class SedacConfig(PreTrainedConfig):
         self.prompt = _one_of("prompt", prompt, ("full", "cut"), optional=True)
         self.adaptive_thresholds = adaptive_thresholds
         self.controller = _one_of("controller", controller, ("auto", "rust", "python"))
-        self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather", "rust"))
+        self.engine = _one_of("engine", engine, ("auto", "reference", "strips", "gather", "rust", "triton"))
         self.extra_memory = check_extra_memory(extra_memory)
         self.shadow_bits = _one_of("shadow_bits", shadow_bits, (*SHADOW_BITS, 0))
         self.base_model_name_or_path = base_model_name_or_path

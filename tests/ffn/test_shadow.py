@@ -198,3 +198,43 @@ def test_opaque_linears_are_decided_by_the_exact_gate(family):
     x = matrix(4, HIDDEN, 0)
     torch.testing.assert_close(ExactGate(opaque).importance(x), ExactGate(site).importance(x))
     assert ExactGate(opaque).bytes > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 200), seed=st.integers(0, 9))
+def test_row_by_row_takes_interleaving_back(rows, columns, seed):
+    plain = LowBitMatrix.quantize(matrix(rows, columns, seed))
+    back = plain.interleave().row_by_row()
+    assert not back.interleaved
+    assert torch.equal(back.codes, plain.codes)
+    assert torch.equal(back.scales, plain.scales)
+    assert back.codes.is_contiguous()
+    assert back.scales.is_contiguous()
+    assert plain.row_by_row() is plain
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_shadow_lies_as_the_device_that_it_comes_to_reads_it(bits):
+    site = find_sites(tiny_model("gpt2")).sites[0]
+    shadow, plain = Shadow.build(site, bits), Shadow.build(site, bits)
+    assert (shadow.tables() is None, shadow.tables(interleaved=False) is None) == (True, bits != 4)
+    shadow.interleave()
+    assert shadow.deciding.interleaved is (bits == 4)
+    assert (shadow.tables() is None, shadow.tables(interleaved=False) is None) == (bits != 4, True)
+    shadow.move(torch.device("cpu"))
+    assert shadow.deciding.interleaved is (bits == 4)
+    shadow.move(torch.device("meta"))  # stands for any device but a CPU
+    assert not shadow.deciding.interleaved
+    assert shadow.deciding.codes.shape == plain.deciding.codes.shape
+    tensors = (shadow.deciding.codes, shadow.deciding.scales, shadow.bias, shadow.unit_norm)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_shadow_that_is_not_for_cpu_kernels_stays_row_by_row():
+    shadow = Shadow.build(find_sites(tiny_model("llama")).sites[0])
+    shadow.move(torch.device("cpu"))
+    assert not shadow.deciding.interleaved
+    elsewhere = Shadow.build(find_sites(tiny_model("llama")).sites[0])
+    elsewhere.move(torch.device("meta"))
+    elsewhere.interleave()  # built elsewhere, wanted for CPU kernels: laid out once it comes to a CPU
+    assert not elsewhere.deciding.interleaved

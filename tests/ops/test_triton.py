@@ -31,7 +31,8 @@ HIDDEN, UNITS = 4096, 14336  # an 8B decoder
 SHARED_MEMORY = 99 * 1024  # bytes that every GPU since 2020 gives to a program
 
 
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_engine_interpreted.py"])
+def test_in_the_interpreter(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [
         sys.executable,
@@ -41,7 +42,7 @@ def test_in_the_interpreter() -> None:
         "-rs",
         "-p",
         "no:cacheprovider",
-        "tests/ops/triton_interpreted.py",
+        f"tests/ops/{file}",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "does not run with" in done.stdout:

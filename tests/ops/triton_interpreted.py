@@ -11,15 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import library
 from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix
-from sedac_hf.ops.triton_engine import TritonFFN, triton_ffn
-from tests.cut_cases import Recorder, TableCompensation, assert_as_good_as_plain
 from tests.ops.triton_cases import (
     BASE,
     SELECT,
@@ -33,22 +29,10 @@ from tests.ops.triton_cases import (
     check_neighbours,
     check_rounding,
 )
+from tests.ops.triton_memory import skip_without_interpreter
 from tests.ops.triton_mutants import SELECT_MUTANTS, TRUNCATE_MUTANTS, Mutant, engines_with
 
-
-@triton.jit
-def _steps(COUNT, n):
-    count = 0
-    for _ in range(0, n, 2):
-        count += 1
-    tl.store(COUNT, count)
-
-
-try:
-    _steps[(1,)](torch.zeros(1, dtype=torch.int32), 5)
-except Exception as error:  # of Triton 3.6 with NumPy 2.4, for one
-    pytest.skip(f"this Triton's interpreter does not run with this NumPy: {error}", allow_module_level=True)
-
+skip_without_interpreter()
 ENGINES = Engines.load()
 RELU = replace(SELECT, activation="relu", gated=False)
 
@@ -99,28 +83,6 @@ def test_what_is_registered_for_cuda_is_what_is_registered_for_the_cpu(case: Cas
         got, wanted = library._selected_on_cuda(*chosen), library.selected_ffn(*chosen)
     torch.testing.assert_close(got, wanted)
     assert library._truncated_on_cuda(problem.x[:0], problem.widths[:0], *ffn).shape == (0, case.d)
-
-
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_as_an_engine(low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem.of(SELECT)
-    w, cut = problem.weights, problem.cut
-    g = torch.Generator().manual_seed(1)
-    table = torch.randn(len(cut.points), SELECT.d, generator=g)
-    factors = (torch.randn(SELECT.d, 2, generator=g), torch.randn(2, SELECT.f, generator=g))
-    compensation = TableCompensation(table, {1: factors} if low_rank else {})
-    record = Recorder()
-    cut = replace(cut, compensation=compensation, record=record)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    kernel = TritonFFN(w, ShadowTables(*problem.shadow))
-    monkeypatch.undo()
-    assert kernel.accepts(problem.x)
-    assert not kernel.accepts(problem.x.half())
-    assert_as_good_as_plain(triton_ffn(problem.x, kernel, cut), problem.x, w, cut)
-    used = problem.used()
-    read = int(used.any(0).sum())
-    wanted = {"engine": "triton", "tokens": 3, "needed": int(used.sum()), "read": read, "computed": 3 * read}
-    assert record.calls == [wanted]
 
 
 def test_a_shadow_of_other_bits_and_too_many_rows_are_refused() -> None:

@@ -41,6 +41,7 @@ class Shadow:
         self.bias = bias
         self.unit_norm = unit_norm
         self.activation = activation
+        self._for_cpu_kernels = False
 
     @classmethod
     def build(cls, site: FFNSite, bits: int = 4) -> Shadow:
@@ -80,24 +81,30 @@ class Shadow:
     def importance(self, x: Tensor, rows: range | None = None) -> Tensor:
         """Importance of each unit (or of the consecutive ``rows``) for x [n, d] -> float32 [n, f]; no gradient."""
         if self.unit_norm.device != x.device:
-            self._move(x.device)
+            self.move(x.device)
         return importance(x, self.deciding, self.bias, self.unit_norm, self.activation, rows)
 
     def interleave(self) -> None:
-        """Lay the codes out as the CPU kernels read them; bits other than 4 are left as they are."""
-        if self.deciding.bits == 4:
-            self.deciding = self.deciding.interleave()
+        """Lay the codes out as the CPU kernels read them, now and whenever they come to a CPU; bits other than 4 are
+        left as they are."""
+        self._for_cpu_kernels = self.deciding.bits == 4
+        self.move(self.unit_norm.device)
 
-    def tables(self) -> ShadowTables | None:
-        """What a CPU kernel reads; None unless interleaved and on the CPU."""
-        if not self.deciding.interleaved or self.unit_norm.device.type != "cpu":
-            return None
-        return ShadowTables(self.deciding.codes, self.deciding.scales, self.bias, self.unit_norm)
-
-    def _move(self, device: torch.device) -> None:
-        self.deciding = self.deciding.to(device)
+    def move(self, device: torch.device) -> None:
+        """Bring the tables to a device, in the layout that is read there: on CUDA kernels take rows."""
+        interleaved = self._for_cpu_kernels and device.type == "cpu"
+        deciding = self.deciding if interleaved else self.deciding.row_by_row()
+        deciding = deciding.to(device)
+        self.deciding = deciding.interleave() if interleaved else deciding
         self.bias = None if self.bias is None else self.bias.to(device)
         self.unit_norm = self.unit_norm.to(device)
+
+    def tables(self, *, interleaved: bool = True) -> ShadowTables | None:
+        """What a kernel reads, interleaved (on a CPU) or row by row; None where the shadow does not lie so, or has not
+        4 bits."""
+        if self.deciding.bits != 4 or self.deciding.interleaved != interleaved:
+            return None
+        return ShadowTables(self.deciding.codes, self.deciding.scales, self.bias, self.unit_norm)
 
 
 class ExactGate:

@@ -72,6 +72,16 @@ class FFNWeights:
         """
         return all(is_ordinary(weight) for weight in (self.gate, self.up, self.down) if weight is not None)
 
+    @property
+    def learns(self) -> bool:
+        """Whether some weight wants a gradient; views made without gradients do not say so themselves."""
+        parts = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        return any(
+            part.requires_grad or (part._base is not None and part._base.requires_grad)
+            for part in parts
+            if part is not None
+        )
+
     def hidden(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
         """Hidden units lo..hi for x [n, d] -> [n, hi - lo]: ``act(gate x) * up x``, or ``act(up x)``."""
         hi = self.intermediate_size if hi is None else hi
@@ -186,9 +196,16 @@ class ShadowTables(NamedTuple):
 
 
 class DecodeKernel(Protocol):
-    """One FFN's compiled kernel for a few rows; see `sedac_hf.ops.rust_cpu.CpuFFN`."""
+    """One FFN's compiled kernel for a few rows: `sedac_hf.ops.rust_cpu.CpuFFN` on a CPU,
+    `sedac_hf.ops.triton_engine.TritonFFN` on CUDA.
 
+    engine: name in dispatch.py of the engine that runs it; selects: it can choose units by importance; truncates: it
+    is the way to run a call in which no token chooses.
+    """
+
+    engine: str
     selects: bool
+    truncates: bool
     weights: FFNWeights
 
     def accepts(self, x: Tensor) -> bool:
@@ -247,9 +264,9 @@ class SiteCut:
         """Whether the compiled kernel gives the whole result."""
         return (
             self.kernel is not None
-            and self.engine in ("auto", "rust")
+            and self.engine in ("auto", self.kernel.engine)
             and self.compensation is None
-            and (self.kernel.selects or not self.chooses)
+            and (self.kernel.selects if self.chooses else self.kernel.truncates)
         )
 
     @cached_property
@@ -258,3 +275,15 @@ class SiteCut:
         nothing = OperatingPoint(0)
         points = [nothing, *(OperatingPoint(max(point.width, 0), point.importance_min) for point in self.points[1:])]
         return [points[level] for level in self.plan.levels.tolist()]
+
+    @cached_property
+    def _device_points(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def points_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`token_points` on a device, copied once: widths int32 [n], importance minima float32 [n]."""
+        if device not in self._device_points:
+            widths = torch.tensor([point.width for point in self.token_points], dtype=torch.int32, device=device)
+            least = [point.importance_min for point in self.token_points]
+            self._device_points[device] = widths, torch.tensor(least, dtype=torch.float32, device=device)
+        return self._device_points[device]

@@ -13,6 +13,7 @@ from sedac_hf.ops.gather import gather_ffn
 from sedac_hf.ops.reference import bounded_reference_ffn, reference_ffn
 from sedac_hf.ops.rust_cpu import rust_ffn
 from sedac_hf.ops.strips import strips_ffn
+from sedac_hf.ops.triton_engine import triton_ffn
 
 Engine = Callable[[Tensor, FFNWeights, SiteCut], Tensor]
 
@@ -23,6 +24,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
         "strips": strips_ffn,
         "gather": gather_ffn,
         "rust": rust_ffn,
+        "triton": triton_ffn,
     }
 )
 
@@ -65,9 +67,11 @@ def choose(x: Tensor, cut: SiteCut) -> str:
         raise ConfigError(f"`engine` must be one of auto, {', '.join(ENGINES)}, got {cut.engine!r}")
     if cut.engine in ("reference", "masked"):
         return cut.engine
-    kernel = cut.kernel if cut.engine in ("auto", "rust") else None
-    if kernel is not None and (kernel.selects or not cut.chooses) and kernel.accepts(x):
-        return "rust"
+    kernel = cut.kernel
+    if kernel is not None and cut.engine in ("auto", kernel.engine):
+        can = kernel.selects if cut.chooses else kernel.truncates
+        if can and kernel.accepts(x):
+            return kernel.engine
     if not cut.chooses:
         return "strips"
     return "gather" if cut.plan.n_tokens == 1 else "masked"

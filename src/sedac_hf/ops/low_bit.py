@@ -103,6 +103,13 @@ class LowBitMatrix:
             interleaved=True,
         )
 
+    def row_by_row(self) -> LowBitMatrix:
+        """The same matrix in the plain layout, which everything but the CPU kernels reads."""
+        if not self.interleaved:
+            return self
+        codes, scales = self._row_by_row(0, self.rows)
+        return replace(self, codes=codes.contiguous(), scales=scales.contiguous(), interleaved=False)
+
     @staticmethod
     def bytes_of(rows: int, columns: int, bits: int) -> int:
         """Bytes that a copy of a matrix would take."""

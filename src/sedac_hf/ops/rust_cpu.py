@@ -67,8 +67,11 @@ class CpuFFN:
 
     Args:
         weights: on the CPU, see `fits`; the kernel keeps the tensors, and must be made anew when they move.
-        shadow: what decides, where tokens choose their units.
+        shadow: what decides, where tokens choose their units; interleaved.
     """
+
+    engine = "rust"
+    truncates = True
 
     def __init__(self, weights: FFNWeights, shadow: ShadowTables | None = None, *, isa: str | None = None) -> None:
         name = name_of(weights.activation)
@@ -154,14 +157,8 @@ class CpuFFN:
             and x.size(-1) == self.hidden_size
             and 0 < x.numel() <= self._most
             and x.is_cpu
-            and not (torch.is_grad_enabled() and (x.requires_grad or self._learns()))
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weights.learns))
         )
-
-    def _learns(self) -> bool:
-        """Whether some weight wants a gradient; views made without gradients do not say so themselves."""
-        w = self.weights
-        parts = [part for part in (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias) if part is not None]
-        return any(part.requires_grad or (part._base is not None and part._base.requires_grad) for part in parts)
 
 
 class CpuLinear:

@@ -1,9 +1,12 @@
 """The Triton kernels as an engine for `select` at one to a few rows on CUDA, outside captured graphs.
 
 Inside them `ops/library.py` runs the same kernels. Of one call only two counts come back to the host, for the record.
+Calls in which no token chooses stay with the strips engine: products of matrices up to each width.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -11,20 +14,25 @@ from torch import Tensor
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.contract import FFNWeights, ShadowTables, SiteCut
 from sedac_hf.ops.library import triton_is_installed
-from sedac_hf.ops.tokens import compensated, level_widths
+from sedac_hf.ops.packing import GROUP
+from sedac_hf.ops.tokens import compensated, widest
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def kernel_device() -> str:
+    """Type of the device whose memory the kernels read: "cuda", or "cpu" where Triton interprets them
+    (TRITON_INTERPRET=1: slow, to look for faults without a GPU)."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 class TritonFFN:
-    """The kernels on one FFN's weights and its shadow, row by row; `fits` must hold.
+    """The kernels on one FFN's weights and its shadow, row by row; `fits` must hold."""
 
-    Attributes:
-        selects: it can choose units by importance.
-    """
-
+    engine = "triton"
     selects = True
+    truncates = False
 
     def __init__(self, weights: FFNWeights, shadow: ShadowTables) -> None:
         name = name_of(weights.activation)
@@ -34,15 +42,20 @@ class TritonFFN:
 
     @staticmethod
     def fits(weights: FFNWeights, shadow: ShadowTables) -> bool:
-        """Whether the kernels can run an FFN: on CUDA with Triton, one floating dtype, a known activation, and a
-        shadow that is not interleaved."""
-        matrices = (weights.up, weights.down, *(() if weights.gate is None else (weights.gate,)))
+        """Whether the kernels can run an FFN: ordinary weights of one floating dtype, all on one device of the kind
+        that Triton runs on, a known activation, and a 4-bit shadow that is not interleaved."""
+        up, groups = weights.up, -(-weights.hidden_size // GROUP)
+        matrices = (up, weights.down, *(() if weights.gate is None else (weights.gate,)))
+        biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+        tensors = [tensor for tensor in (*matrices, *biases, *shadow) if tensor is not None]
         return (
             triton_is_installed()
-            and weights.up.dtype in _DTYPES
-            and all(matrix.is_cuda and matrix.dtype == weights.up.dtype for matrix in matrices)
-            and shadow.codes.is_cuda
-            and shadow.codes.dim() == 2
+            and weights.ordinary
+            and up.dtype in _DTYPES
+            and all(matrix.dtype == up.dtype for matrix in matrices)
+            and up.device.type == kernel_device()
+            and all(tensor.device == up.device for tensor in tensors)
+            and shadow.codes.shape == (weights.intermediate_size, groups * GROUP // 2)
             and name_of(weights.activation) is not None
         )
 
@@ -51,26 +64,30 @@ class TritonFFN:
         up = self.weights.up
         return (
             1 <= x.shape[0] <= MOST_SELECTING_ROWS
+            and x.shape[1] == up.shape[1]
             and x.dtype == up.dtype
             and x.device == up.device
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weights.learns))
         )
 
 
-def triton_ffn(x: Tensor, kernel: TritonFFN, cut: SiteCut) -> Tensor:
-    """The cut FFN: x [n, d] -> [n, d]; ``kernel`` must accept x."""
+def triton_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
+    """The cut FFN by ``cut.kernel``, which must accept x: [n, d] -> [n, d]."""
+    # Not at the top: a machine without a GPU need not have Triton.
     from sedac_hf.ops.triton_select import selected
 
-    n, f = x.shape[0], kernel.weights.intermediate_size
-    levels = cut.plan.on(x.device)
-    widths = torch.tensor(level_widths(cut, f), dtype=torch.int32, device=x.device)[levels]
-    least = torch.tensor([point.importance_min for point in cut.points], dtype=torch.float32, device=x.device)[levels]
+    kernel = cut.kernel
+    assert isinstance(kernel, TritonFFN)
+    n, f = x.shape[0], weights.intermediate_size
     counts = torch.zeros(2, dtype=torch.int32, device=x.device)
     # A low-rank compensation reads the hidden units; nothing else does.
     hidden = None if cut.compensation is None else x.new_zeros(n, f)
-    y = selected(
-        x, widths, least, kernel.shadow, kernel.weights, kernel.activation, hidden=hidden, counts=counts
-    )  # fmt: skip
-    needed, read = counts.tolist()
+    y = selected(x, *cut.points_on(x.device), kernel.shadow, weights, kernel.activation, hidden=hidden, counts=counts)
+    needed, chosen = counts.tolist()
+    # A matrix in which a unit's numbers are apart is read up to the widest token. Reported as whole units, rounded up.
+    matrices = 2 if weights.gate is None else 3
+    of_hidden = chosen if weights.up.stride(1) == 1 else widest(cut, f)
+    of_down = chosen if weights.down.stride(1) != 1 else widest(cut, f)
+    read = -(-((matrices - 1) * of_hidden + of_down) // matrices)
     cut.record(engine="triton", tokens=n, needed=needed, read=read, computed=n * read)
     return y if hidden is None else compensated(y, hidden, cut)

@@ -23,6 +23,7 @@ from sedac_hf.control.audit import AuditCounts, DecisionAudit
 from sedac_hf.control.decision_log import DecisionLog
 from sedac_hf.control.torch_engine import DeviceLaw
 from sedac_hf.ffn.linears import original_forward, weight_of
+from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.runtime.captured_sites import CapturedSite
 from sedac_hf.runtime.captured_stats import CapturedTotals
@@ -118,6 +119,9 @@ class CapturedExecution(Execution):
         self.law = DeviceLaw(runtime.controller, device)
         self.log = DecisionLog(self.law.n_checkpoints, device)
         compensation = policy.compensation or (None,) * len(runtime.sites)
+        for shadow in runtime.weights.shadows:
+            if isinstance(shadow, Shadow):
+                shadow.move(device)  # the model may have been moved since the shadow was made
         self.sites = [
             CapturedSite(site, policy.schedule.points[i], runtime.weights.shadows[i], compensation[i])
             for i, site in enumerate(runtime.sites)

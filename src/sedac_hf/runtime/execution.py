@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.shadow import ExactGate, Shadow
-from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.contract import Compensation, DecodeKernel, LevelPlan, OperatingPoint, SiteCut
 from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
@@ -28,7 +28,7 @@ class _KnownCut(NamedTuple):
     plan: LevelPlan
     points: tuple[OperatingPoint, ...]
     compensation: Compensation | None
-    kernel: CpuFFN | None
+    kernel: DecodeKernel | None
     shadow: Shadow | ExactGate | None
     engine: str
     cut: SiteCut | None
@@ -160,7 +160,7 @@ class Execution:
             return None
         return self._cut(i, state, runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None)
 
-    def _cut(self, i: int, state: ForwardPass, kernel: CpuFFN | None) -> SiteCut | None:
+    def _cut(self, i: int, state: ForwardPass, kernel: DecodeKernel | None) -> SiteCut | None:
         runtime = self._runtime
         plan, points, compensation = self._resolve(i, state)
         if plan is None or plan.uniform == plan.n_levels:
@@ -186,7 +186,7 @@ class Execution:
         plan: LevelPlan,
         points: tuple[OperatingPoint, ...],
         compensation: Compensation | None,
-        kernel: CpuFFN | None,
+        kernel: DecodeKernel | None,
         shadow: Shadow | ExactGate | None,
     ) -> SiteCut | None:
         runtime = self._runtime
@@ -217,7 +217,9 @@ class Execution:
         if state is None or state.runtime is not runtime or not state.threads or not state.n_tokens:
             return None
         kernel = runtime.weights.kernel(i)
-        if kernel is None or not kernel.accepts(x) or x.numel() != state.n_tokens * kernel.hidden_size:
+        if not isinstance(kernel, CpuFFN):  # the others do not run alone
+            return None
+        if not kernel.accepts(x) or x.numel() != state.n_tokens * kernel.hidden_size:
             return None
         if runtime.sites[i].owner.training:  # dropout is the class's own affair
             return None

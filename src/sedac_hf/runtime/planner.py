@@ -88,7 +88,7 @@ class GenerationPlanner:
         sites: dict[tuple[object, ...], list[tuple[CpuFFN, nn.Module]]] = {}
         for i, site in enumerate(runtime.sites):
             kernel = runtime.weights.kernel(i)
-            if kernel is not None:
+            if isinstance(kernel, CpuFFN):  # the only one that runs whole FFNs
                 sites.setdefault((_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
         for key, of_shape in sites.items():
             if key not in self._by_kernel:
@@ -141,7 +141,7 @@ class GenerationPlanner:
             kernel=kernel,
         )
         whole: Call = functools.partial(site.owner, x)
-        if kernel is not None and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
+        if isinstance(kernel, CpuFFN) and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
             whole = functools.partial(kernel.whole, x)
         return whole, functools.partial(cut_ffn, x, weights, cut)
 

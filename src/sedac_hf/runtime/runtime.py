@@ -25,6 +25,7 @@ from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import find_sites
 from sedac_hf.ops.contract import Compensation, OperatingPoint
+from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.ops.rust_cpu import available
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
@@ -50,7 +51,8 @@ class SedacRuntime:
         checkpoint_layers: decoder layers with a probe, ascending, each below the number of layers; default: n/4, n/2
             and 3n/4.
         controller: "auto", "rust" or "python".
-        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather" or "rust".
+        engine: "auto", or the name of an FFN engine: "reference", "strips", "gather", "rust" (the
+            kernels for CPUs) or "triton" (those for CUDA).
         adaptive_thresholds: move the thresholds with the risks seen at inference.
         extra_memory: most bytes beside the base, as a share of its own (`sedac_hf.runtime.memory`).
 
@@ -73,6 +75,11 @@ class SedacRuntime:
             raise ConfigError(
                 "engine='rust' needs the compiled module sedac_hf._rust, which is not installed: build it with "
                 "`pip install .` or `maturin develop --release`, or use engine='auto'"
+            )
+        if engine == "triton" and not triton_is_installed():
+            raise ConfigError(
+                "engine='triton' needs Triton, which is not installed: install it (PyTorch brings it along on Linux), "
+                "or use engine='auto'"
             )
         found = find_sites(model)
         n_layers = len(found.decoder_layers)
@@ -100,7 +107,7 @@ class SedacRuntime:
         self._controller_choice = controller
         self.strip_planner = strip_planner(controller)
         self._controller: Controller | None = None
-        self.weights = PreparedWeights(self.sites, kernels=engine in ("auto", "rust"))
+        self.weights = PreparedWeights(self.sites, kernels=("rust", "triton") if engine == "auto" else (engine,))
         self._attachment: Attachment | None = None
         self.decode_linears: tuple[DecodeLinear, ...] = ()
         self.whole_depth = 0  # `full_width` blocks entered and not left

@@ -3,7 +3,7 @@ and the compiled kernels on the weights as they lie."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
-from sedac_hf.ffn.linears import is_readable, stored_bytes, weight_of
+from sedac_hf.ffn.linears import is_readable, stored_bytes
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sharded import local_part
 from sedac_hf.ffn.sites import FFNSite
-from sedac_hf.ops.contract import dense
+from sedac_hf.ops.contract import DecodeKernel, dense
 from sedac_hf.ops.rust_cpu import CpuFFN, available
+from sedac_hf.ops.triton_engine import TritonFFN
 from sedac_hf.runtime.stats import SiteCost
 
 
@@ -26,12 +27,16 @@ class PreparedWeights:
     """Channel order, layout, shadows and kernels of a decoder's FFNs; `restore` gives every bit back.
 
     Args:
-        kernels: whether the compiled kernels may be used, and weights laid out for them.
+        kernels: names of the engines whose kernels may be used, of "rust" and "triton".
+
+    Attributes:
+        uses_kernels: the CPU kernels may be used, and weights on a CPU are laid out for them.
     """
 
-    def __init__(self, sites: Sequence[FFNSite], *, kernels: bool) -> None:
+    def __init__(self, sites: Sequence[FFNSite], *, kernels: Collection[str]) -> None:
         self.sites = tuple(sites)
-        self.uses_kernels = kernels and available()
+        self.uses_kernels = "rust" in kernels and available()
+        self._uses_triton = "triton" in kernels
         self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
         self._by_units: tuple[nn.Module, ...] | None = None  # the linears laid out by units; None: not asked for
@@ -40,7 +45,7 @@ class PreparedWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": self._no_kernels()}  # a kernel is made of addresses
 
-    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], str, int]], CpuFFN | None] | None]:
+    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], str, int]], DecodeKernel | None] | None]:
         return [None] * len(self.sites)
 
     @property
@@ -124,14 +129,14 @@ class PreparedWeights:
         """
         self._kernels = self._no_kernels()
         self.shadows = [decider(site, bits) for site in self.sites]
-        for site, shadow in zip(self.sites, self.shadows, strict=True):
+        for shadow in self.shadows:
             # In place of the plain layout: a shadow has no second copy either.
-            if isinstance(shadow, Shadow) and self.uses_kernels and weight_of(site.down).device.type == "cpu":
+            if isinstance(shadow, Shadow) and self.uses_kernels:
                 shadow.interleave()
 
-    def kernel(self, site: int) -> CpuFFN | None:
+    def kernel(self, site: int) -> DecodeKernel | None:
         """The compiled kernel of an FFN on its weights as they lie now; None where the kernels can't run it."""
-        if not self.uses_kernels:
+        if not (self.uses_kernels or self._uses_triton):
             return None
         known = self._kernels[site]
         if known is not None:
@@ -143,9 +148,23 @@ class PreparedWeights:
                 return known[1]
         held_by: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
         addresses = [(held, name, _address(held, name)) for held in held_by for name in ("weight", "bias")]
-        kernel = _kernel(self.sites[site], self.shadows[site])
+        kernel = self._make_kernel(site)
         self._kernels[site] = (addresses, kernel)
         return kernel
+
+    def _make_kernel(self, i: int) -> DecodeKernel | None:
+        site, shadow = self.sites[i], self.shadows[i]
+        if not site.plain_forward or not all(is_readable(linear) for linear in site.linears):
+            return None
+        weights = site.weights()
+        if isinstance(shadow, Shadow):
+            shadow.move(weights.up.device)  # the model may have been moved since the shadow was made
+        if self.uses_kernels and CpuFFN.fits(weights):
+            return CpuFFN(weights, shadow.tables() if isinstance(shadow, Shadow) else None)
+        if self._uses_triton and isinstance(shadow, Shadow):
+            tables = shadow.tables(interleaved=False)
+            return TritonFFN(weights, tables) if tables is not None and TritonFFN.fits(weights, tables) else None
+        return None
 
     def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
         """What decides which units a token uses in this FFN; None where there is no shadow."""
@@ -171,14 +190,6 @@ def _address(held: dict[str, Any], name: str) -> int:
     """Where a module's parameter lies now; 0 where it has none of that name."""
     tensor = held.get(name)
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _kernel(site: FFNSite, shadow: Shadow | ExactGate | None) -> CpuFFN | None:
-    if not site.plain_forward or not all(is_readable(linear) for linear in site.linears):
-        return None
-    weights = site.weights()
-    tables = shadow.tables() if isinstance(shadow, Shadow) else None
-    return CpuFFN(weights, tables) if CpuFFN.fits(weights) else None
 
 
 def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
