@@ -38,8 +38,9 @@ from torch.nn import functional
 from sedac_hf.ffn.schedule import align_width
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import ENGINES, FFNWeights, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.compiled import available, instruction_sets, read_memory
 from sedac_hf.ops.low_bit import LowBitMatrix
-from sedac_hf.ops.rust_cpu import CpuFFN, available, instruction_sets, read_memory
+from sedac_hf.ops.rust_cpu import CpuFFN
 
 SHAPES = {"896x4864": "0.5B", "2048x8192": "1B", "4096x14336": "8B"}
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)

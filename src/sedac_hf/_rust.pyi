@@ -1,4 +1,4 @@
-"""The compiled core; use it through `sedac_hf.control` and `sedac_hf.ops.rust_cpu`, which hold the contracts."""
+"""The compiled core; use it through `sedac_hf.control` and `sedac_hf.ops`, which hold the contracts."""
 
 from collections.abc import Sequence
 from typing import final
@@ -112,7 +112,7 @@ class LinearKernel:
 @final
 class ProbeKernel:
     def __new__(
-        cls, dtype: str, norm: tuple[int, int, float], down: tuple[int, int, int, int], biases: tuple[int, int, int]
+        cls, dtype: str, norm: tuple[int, int, float], down: tuple[int, int, int, int], rest: tuple[int, int, int]
     ) -> ProbeKernel: ...
     def run(self, x: int, rows: int) -> NDArray[np.float32]: ...
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import sedac_hf
 from sedac_hf.assets import demo_path
 from sedac_hf.cli.main import COMMANDS, main
-from sedac_hf.ops.rust_cpu import instruction_sets
+from sedac_hf.ops.compiled import instruction_sets
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from sedac_hf import SedacForCausalLM
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
 from sedac_hf.ffn.linears import rows
 from sedac_hf.ffn.sites import find_sites
-from sedac_hf.ops.rust_cpu import available
+from sedac_hf.ops.compiled import available
 from tests.policies import random_policy
 from tests.tiny_models import FAMILIES, tiny_model, token_ids
 

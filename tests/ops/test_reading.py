@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sedac_hf.ops.rust_cpu import available, instruction_sets, read_memory
+from sedac_hf.ops.compiled import available, instruction_sets, read_memory
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled module is not installed")
 

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import OperatingPoint, cut_ffn
+from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.ops.contract import FFNWeights
-from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN, CpuLinear, available
+from sedac_hf.ops.rust_cpu import CpuFFN
+from sedac_hf.ops.rust_linear import CpuLinear
 from tests.cut_cases import Recorder, assert_as_good_as_plain, masked, random_weights, relative_error, site_cut
 from tests.kernel_cases import DTYPES, case, threads
 

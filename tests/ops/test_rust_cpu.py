@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sedac_hf.ops import OperatingPoint, cut_ffn
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.rust_cpu import MAX_ROWS, available
+from sedac_hf.ops.compiled import MAX_ROWS, available
 from tests.cut_cases import Recorder, assert_as_good_as_plain
 from tests.kernel_cases import DTYPES, LAYOUTS, case, threads
 

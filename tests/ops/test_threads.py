@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sedac_hf.ops import threads
-from sedac_hf.ops.rust_cpu import available
+from sedac_hf.ops.compiled import available
 from tests.kernel_cases import case, own_threads
 from tests.kernel_cases import threads as torch_threads
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sedac_hf import SedacForCausalLM
-from sedac_hf.ops.rust_cpu import MAX_ROWS, available
+from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.runtime import decode_linears
 from sedac_hf.runtime.forward_pass import current_pass
 from tests.kernel_cases import own_threads, threads

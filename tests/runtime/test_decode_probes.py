@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import SedacForCausalLM
-from sedac_hf.ops.rust_cpu import MAX_ROWS, available
+from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from tests.kernel_cases import DTYPES

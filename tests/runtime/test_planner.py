@@ -7,13 +7,13 @@ import torch
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import ConfigError
-from sedac_hf.ops import rust_cpu
+from sedac_hf.ops import compiled
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime import SedacRuntime, decode_linears, planner
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 
-needs_kernels = pytest.mark.skipif(not rust_cpu.available(), reason="the compiled module is not installed")
+needs_kernels = pytest.mark.skipif(not compiled.available(), reason="the compiled module is not installed")
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def test_without_the_compiled_module(monkeypatch):
         with_kernels = SedacForCausalLM.from_base(tiny_model("llama"))
         with_kernels.install(random_policy(with_kernels.runtime, "select"))
         expected = with_kernels(ids).logits
-        monkeypatch.setattr(rust_cpu, "_rust", None)
-        assert not rust_cpu.available()
+        monkeypatch.setattr(compiled, "module", None)
+        assert not compiled.available()
         with pytest.raises(ConfigError, match=r"engine='rust'.*not installed.*engine='auto'"):
             SedacRuntime(tiny_model("llama"), engine="rust")
         model = SedacForCausalLM.from_base(tiny_model("llama"))

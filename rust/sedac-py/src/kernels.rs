@@ -1,7 +1,7 @@
 //! `FfnKernel` and `LinearKernel` for Python: `sedac-kernels` on the memory of torch tensors.
 //!
 //! Tensors come as addresses: torch's bf16 has no `NumPy` type, and making views costs more than a call. Whoever makes a
-//! kernel (`sedac_hf.ops.rust_cpu` alone) keeps the tensors alive and unmoved as long as the kernel, with the sizes
+//! kernel (`sedac_hf.ops` alone) keeps the tensors alive and unmoved as long as the kernel, with the sizes
 //! that it states; whoever runs it gives addresses of as many rows as it says, aligned, of which the outputs are nobody
 //! else's until the call returns (they may hold anything: the compiler knows nothing of memory from torch's allocator).
 //! Rust cannot see any of this: it is the promise that the unsafe blocks below rest on.

@@ -71,7 +71,7 @@ def place_and_dtype() -> tuple[str, torch.dtype]:
     """A GPU where there is one, else the CPU; bfloat16 where that is fast."""
     import torch
 
-    from sedac_hf.ops.rust_cpu import instruction_sets
+    from sedac_hf.ops.compiled import instruction_sets
 
     if torch.cuda.is_available():
         return "cuda", torch.bfloat16

@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     """What the compiled CPU kernels use: instruction set, the others that they could, and whose threads."""
-    from sedac_hf.ops.rust_cpu import instruction_sets
+    from sedac_hf.ops.compiled import instruction_sets
     from sedac_hf.ops.threads import kernel_threads, parallel_address
 
     used, *others = instruction_sets() or ["none: there is no compiled module"]

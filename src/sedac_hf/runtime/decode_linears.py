@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
-from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuLinear
+from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.forward_pass import current_pass
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_hf.ops.rust_cpu import CpuProbe
+from sedac_hf.ops.rust_probe import CpuProbe
 from sedac_hf.probes import ProbeBank, RiskProbe
 
 _Known = tuple[RiskProbe, torch.dtype, tuple[int, ...], CpuProbe | None]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.shadow import ExactGate, Shadow
+from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, DecodeKernel, LevelPlan, OperatingPoint, SiteCut
-from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
+from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ops import cut_ffn
+from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import LevelPlan, SiteCut
-from sedac_hf.ops.rust_cpu import MAX_ROWS, CpuFFN
+from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.decode_linears import DecodeLinear, Shape
 

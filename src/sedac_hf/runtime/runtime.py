@@ -24,9 +24,9 @@ from sedac_hf.ffn.coupled import forward_replacements
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import find_sites
+from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import triton_is_installed
-from sedac_hf.ops.rust_cpu import available
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears

@@ -17,8 +17,9 @@ from sedac_hf.ffn.linears import is_readable, stored_bytes
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sharded import local_part
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import DecodeKernel, dense
-from sedac_hf.ops.rust_cpu import CpuFFN, available
+from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.triton_engine import TritonFFN
 from sedac_hf.runtime.stats import SiteCost
 

@@ -1,0 +1,92 @@
+"""The compiled module as the engines see it: whether it is there, and what its callers must know about tensors.
+
+Kernels are given addresses, so whoever makes one has to be sure of what lies there; see `rust_cpu`, `rust_linear` and
+`rust_probe`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sedac_hf.errors import ConfigError
+from sedac_hf.ops.threads import kernel_threads, parallel_address
+
+try:
+    from sedac_hf import _rust
+except ImportError:  # the source tree without its compiled module: the engines in torch do everything
+    _rust = None  # type: ignore[assignment]
+
+module = _rust
+
+MAX_ROWS = 4
+"""Most rows that a kernel runs; with more, products of matrices are the better way."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if module is not None:
+    module.set_openmp(parallel_address())
+
+
+def available() -> bool:
+    """Whether the compiled module is installed."""
+    return module is not None
+
+
+def instruction_sets() -> list[str]:
+    """Names of the sets that the kernels can use here, the one in use first; none without the compiled module."""
+    return [] if module is None else module.instruction_sets()
+
+
+def read_memory(tensor: Tensor) -> None:
+    """Read a tensor's memory on the kernels' threads, and nothing else: what their times are to be compared with.
+
+    Args:
+        tensor: contiguous, on the CPU; its bytes past the last multiple of four are left out.
+
+    Raises:
+        ValueError: another tensor (or one that starts between 32-bit words), or there is no compiled module.
+    """
+    if module is None:
+        raise ValueError("reading memory takes the compiled module sedac_hf._rust, which is not installed")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() % 4:
+        raise ValueError(
+            "reading memory takes a contiguous CPU tensor that starts at a multiple of four bytes, got one on "
+            f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr():#x}"
+        )
+    module.read_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4 * 4, kernel_threads())
+
+
+def check_input(x: Tensor, size: int, dtype: torch.dtype) -> None:
+    """Raise ConfigError unless x is a kernel's input: a few rows of this size."""
+    if x.shape[-1] == size and x.dtype == dtype and x.device.type == "cpu" and 0 < x.numel() <= MAX_ROWS * size:
+        return
+    raise ConfigError(
+        f"a kernel's input must be 1 to {MAX_ROWS} rows of {size} in {dtype} on the CPU, got {x.dtype} "
+        f"{list(x.shape)} on {x.device}: run other calls in torch"
+    )
+
+
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read a tensor's memory: an ordinary one on the CPU, of this dtype."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and dtype in DTYPES
+    )
+
+
+def rows_are_runs(matrix: Tensor) -> bool:
+    """Whether each row is one run of memory, and rows do not overlap."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
+def placed(matrix: Tensor) -> tuple[int, int, int, int]:
+    """Address, rows, columns and distance of the rows in elements."""
+    return matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.stride(0)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
