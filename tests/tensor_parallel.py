@@ -1,7 +1,7 @@
 """What one of two ranks does: `python -m tests.tensor_parallel FOLDER`, with RANK, WORLD_SIZE, MASTER_* set.
 
-FOLDER holds, per case, a saved base and two SEDAC adapters, with the logits of one process. Results go to
-``FOLDER/rank<r>.pt``; nothing is judged here.
+FOLDER holds, per case, a saved base, two SEDAC adapters and the inputs to run. Results go to ``FOLDER/rank<r>.pt``;
+nothing is judged here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ from transformers import AutoModelForCausalLM
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import SedacError
 from sedac_hf.ffn.linears import weight_of
-from tests.tiny_models import HIDDEN, token_ids
+from tests.margins import decisions
 
 FAMILIES = ("llama", "starcoder2")
 GATHERED = "phi3"  # its gate and up, one linear, are gathered before down
+PROMPT, NEW_TOKENS = 4, 4
 
 
-def input_gradient(model: Any) -> torch.Tensor:
-    """Of a cut forward pass, with respect to the embeddings that went in."""
-    embeddings = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(5)).requires_grad_()
+def continued(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+    """The prompt and what the cut model makes of it, int64 [rows, PROMPT + NEW_TOKENS]."""
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    ids: torch.Tensor = model.generate(prompt, do_sample=False, prompt="cut", consistent=True, **length)
+    return ids
+
+
+def input_gradient(model: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """Of a cut forward pass, with respect to the embeddings [rows, length, d] that went in."""
+    embeddings = embeddings.clone().requires_grad_()
     model(inputs_embeds=embeddings).logits.square().mean().backward()
     assert embeddings.grad is not None
     return embeddings.grad
@@ -35,7 +43,8 @@ def input_gradient(model: Any) -> torch.Tensor:
 def run_case(folder: Path) -> dict[str, Any]:
     """One family: dense, both cuts, generation, what is restored, what is refused."""
     found: dict[str, Any] = {}
-    ids = token_ids()
+    inputs = torch.load(folder / "inputs.pt")
+    ids, embeddings = inputs["ids"], inputs["embeddings"]
     base = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto").eval()
     with torch.no_grad():
         found["dense"] = base(ids).logits
@@ -44,9 +53,11 @@ def run_case(folder: Path) -> dict[str, Any]:
         sites = model.runtime.sites
         with torch.no_grad():
             found[cut] = model(ids).logits
-        found[f"{cut} gradient"] = input_gradient(model)
-        found[f"{cut} ids"] = model.generate(ids[:1], max_new_tokens=4, do_sample=False, prompt="cut")
+        found[f"{cut} gradient"] = input_gradient(model, embeddings)
+        found[f"{cut} ids"] = continued(model, ids[:, :PROMPT])
         found[f"{cut} choices"] = list(model.stats().choices)
+        if cut == "select":
+            found["used"] = decisions(model, input_ids=ids).used + decisions(model, inputs_embeds=embeddings).used
         found[f"{cut} engines"] = model.stats().engines
         found[f"{cut} widths"] = [
             [point.width for point in row] for row in model.runtime.running_policy.schedule.points

@@ -5,6 +5,10 @@ part, and the sum of the ranks' outputs is the FFN's. Were a channel order laid 
 would hold all that matters and the others would wait for it. So units are *dealt*: rank r holds ``order[r::R]``, a
 prefix of k units is ``ceil((k - r) / R)`` of rank r's, and the ranks' widths differ by one unit at most. The dealt
 order depends on R and is made when a policy is installed; what is saved is the plain order.
+
+Each unit is decided by the one rank that holds it, with the shadow rows and norms that one process would have. The
+sum of the ranks rounds otherwise than one process does, though: where that moves an int8 code of the shadow's input,
+all importances of the token move, and a unit near its minimum may be used in one and not in the other.
 """
 
 from __future__ import annotations
