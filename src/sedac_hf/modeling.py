@@ -288,6 +288,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(self, "_compiled_for", None) != id(self):  # a copy of the model holds the other one's graph
             self.__dict__.pop("_compiled_call", None)
             self._compiled_for = id(self)
+        self.runtime.choose_for_graphs()
         return self.runtime.captured.around(super().get_compiled_call(compile_config), self.__call__)
 
     @contextmanager

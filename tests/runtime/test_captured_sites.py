@@ -44,6 +44,9 @@ def test_a_whole_call_is_the_reference(family, cut, compensate):
     expected_operator = "" if compensate else {"truncate": "truncated_ffn", "select": "selected_ffn"}[cut]
     assert captured.operator == expected_operator
     assert (captured.cuts, captured.selects) == (True, cut == "select")
+    skips = [captured.skips(rows, "cuda") for rows in (1, 4, 5)]
+    assert skips == [not compensate, not compensate, not compensate and cut == "truncate"]
+    assert not captured.skips(1, "cpu")
     expected = cut_ffn(x, site.weights(), reference)
     torch.testing.assert_close(captured.run(x, levels), expected, rtol=1e-5, atol=1e-5)
     assert (expected - site.owner(x)).abs().max() > 0.1

@@ -128,7 +128,7 @@ class CapturedExecution(Execution):
         ]
         if runtime.probes is not None:
             runtime.probes.to(device)
-        self.totals = CapturedTotals(runtime, [site.selects for site in self.sites], device)
+        self.totals = CapturedTotals(runtime, self.sites, device)
         self.audit = DecisionAudit(
             runtime.controller,
             self.law,

@@ -18,6 +18,7 @@ from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import selected_ffn, truncated_ffn
+from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
 
 class CapturedSite(nn.Module):
@@ -78,6 +79,12 @@ class CapturedSite(nn.Module):
         if not self.selects:
             return "truncated_ffn"
         return "selected_ffn" if isinstance(self.shadow, Shadow) and self.shadow.deciding.bits == 4 else ""
+
+    def skips(self, rows: int, device_type: str) -> bool:
+        """Whether a call of so many rows leaves out what is not needed on such a device; else it masks."""
+        if device_type != "cuda" or not self.operator:
+            return False
+        return self.operator == "truncated_ffn" or rows <= MOST_SELECTING_ROWS
 
     def run(self, x: Tensor, levels: Tensor) -> Tensor:
         """The whole FFN for x [n, d], each token cut to its level (int32 [n]): -> [n, d]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sedac_hf.control.decision_log import LoggedPasses
+from sedac_hf.runtime.captured_sites import CapturedSite
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
@@ -20,14 +21,14 @@ class CapturedTotals:
 
     Which units a token chose by importance stays on the device: where a level selects, the level's share, which
     calibration made it use on average, stands for the units needed (in front of the first checkpoint, where levels say
-    nothing, the whole FFN). Reads are counted as the kernels do them: on CUDA up to the widest token of a step,
-    elsewhere the whole FFN.
+    nothing, the whole FFN). Reads are counted as the kernels do them: up to the widest token of a step where an FFN
+    skips anything, else the whole FFN.
     """
 
-    def __init__(self, runtime: SedacRuntime, selects: list[bool], device: torch.device) -> None:
+    def __init__(self, runtime: SedacRuntime, sites: Sequence[CapturedSite], device: torch.device) -> None:
         self._runtime = runtime
-        self._selects = selects
-        self._skips_reads = device.type == "cuda"
+        self._sites = sites
+        self._device_type = device.type
         self._rows = 0  # tokens of a step; a captured graph has one shape
 
     def starts(self, n_tokens: int, *, before_change: Callable[[], object]) -> None:
@@ -67,8 +68,9 @@ class CapturedTotals:
         used = np.array([round(self._share(i, level) * units) for level in range(len(points))], np.int64)[levels]
         steps = np.arange(0, levels.size, max(self._rows, 1))
         # Rows of a step share what they read: the widest prefix, or at worst as many units as they choose together.
-        read = np.add.reduceat(used, steps) if self._selects[i] else np.maximum.reduceat(used, steps)
-        read = np.minimum(read, units) if self._skips_reads else np.full(steps.size, units)
+        read = np.add.reduceat(used, steps) if self._sites[i].selects else np.maximum.reduceat(used, steps)
+        skips = self._sites[i].skips(self._rows, self._device_type)
+        read = np.minimum(read, units) if skips else np.full(steps.size, units)
         compensation = None if policy.compensation is None else policy.compensation[i]
         extra = 0
         if compensation is not None:
@@ -80,7 +82,7 @@ class CapturedTotals:
             needed=int(used.sum()),
             read=int(read.sum()),
             computed=int((read * np.diff(np.append(steps, levels.size))).sum()),
-            shadow=self._selects[i],
+            shadow=self._sites[i].selects,
             extra_parameters=extra,
             extra_read=extra,
             calls=calls,

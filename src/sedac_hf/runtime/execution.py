@@ -65,7 +65,7 @@ class Execution:
             if runtime.decode_linears:
                 state.torch_alone = begin_step()
             state.threads = kernel_threads()
-            state.by_time = generation is not None and ours and generation.by_time
+            state.by_time = generation is not None and ours and not generation.consistent
         if runtime.forcing is not None:
             return
         if generation is not None and ours:

@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class GenerationCall:
-    """What one ``generate`` call decided before it started; lasts until the call returns."""
+    """What one ``generate`` call decided before its first forward pass; lasts until the call returns."""
 
     runtime: SedacRuntime
+    rows: int
     full_width: bool
-    by_time: bool  # compiled kernel or module: what was measured to be quicker; False: the kernels
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
+    consistent: bool = False  # cut whatever it costs, and let no measured time decide anything
     past_prompt: bool = False  # a call without prompt tokens was seen: no later one has any
+
+    @property
+    def choice(self) -> str:
+        """The choice and its reason, as statistics name it."""
+        return f"{'full width' if self.full_width else 'cut'}: {self.reason}"
 
     def prompt_mask(self, batch: int, sequence: int, kwargs: dict[str, Any]) -> np.ndarray | None:
         """`prompt_mask` of one forward call; asks the cache only until the prompt is over, for that may mean waiting
@@ -101,6 +107,7 @@ def generating(call: GenerationCall) -> Iterator[None]:
         yield
     finally:
         current_generation.reset(token)
+        call.runtime.tally.choice(call.choice)
         state = current_pass.get()
         while state is not None and state is not outer:
             if state.torch_alone:

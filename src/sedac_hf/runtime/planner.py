@@ -65,6 +65,27 @@ class GenerationPlanner:
             self._known[key] = self._compare_widths(rows)
         return self._known[key]
 
+    def choose_captured(
+        self, rows: int, *, consistent: bool = False, device_type: str | None = None
+    ) -> tuple[bool, str] | None:
+        """The same for decode steps by a captured graph, whose times are not those of the eager engines: by what it
+        can skip. None where a graph can't serve the call, so that the choice for eager steps stands.
+
+        device_type: to choose for; default: where the weights are.
+        """
+        runtime, captured = self._runtime, self._runtime.captured
+        if not runtime.attached or runtime.forcing is not None or runtime.on_decision is not None:
+            return None
+        if captured.prepare() is not None:
+            return None
+        if consistent:
+            return True, "asked for"
+        device_type = device_type or weight_of(runtime.sites[-1].down).device.type
+        governed = [site for site, segment in zip(captured.sites, runtime.segments, strict=True) if segment >= 0]
+        if not any(site.skips(rows, device_type) for site in governed):
+            return False, "captured graph: its FFNs run by masking, which saves nothing"
+        return True, "captured graph: what is skipped is not known to the host, so its time is not measured"
+
     # ---------------------------------------------------------------- kernel or module
 
     def linear_by_kernel(self, shape: Shape, rows: int, threads: int) -> bool:

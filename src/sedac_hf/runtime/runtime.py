@@ -30,7 +30,7 @@ from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
-from sedac_hf.runtime.forward_pass import Forced, GenerationCall
+from sedac_hf.runtime.forward_pass import Forced, GenerationCall, current_generation
 from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
@@ -331,8 +331,16 @@ class SedacRuntime:
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
         cut, reason = self.planner.choose(rows, consistent=consistent)
-        self.tally.choice(f"{'cut' if cut else 'full width'}: {reason}")
-        return GenerationCall(self, not cut, not consistent, reason, prompt_length if full_prompt else 0)
+        return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
+
+    def choose_for_graphs(self) -> None:
+        """Choose again for the running ``generate`` call, whose decode steps will go by a captured graph."""
+        call = current_generation.get()
+        if call is None or call.runtime is not self:
+            return
+        choice = self.planner.choose_captured(call.rows, consistent=call.consistent)
+        if choice is not None:
+            call.full_width, call.reason = not choice[0], choice[1]
 
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
