@@ -71,7 +71,7 @@ class CapturedExecution(Execution):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_runtime": self._runtime, "_few": {}, "_cuts": [None] * len(self._cuts), "_probes": self._probes}
+        return {"_runtime": self._runtime, "site_cuts": self.site_cuts, "_probes": self._probes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -64,9 +64,10 @@ class DecodeLinear:
         address, bias_address = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         known_address, known_bias, kernel = self._kernel
         if known_address != address or known_bias != bias_address:
-            outputs, inputs, dtype = self.shape
-            fits = weight.shape == (outputs, inputs) and weight.dtype == dtype and CpuLinear.fits(weight, bias)
+            outputs, inputs, _ = self.shape
+            fits = weight.shape == (outputs, inputs) and CpuLinear.fits(weight, bias)
             kernel = CpuLinear(weight, bias) if fits else None
+            self.shape = (outputs, inputs, weight.dtype)
             self._kernel = (address, bias_address, kernel)
         if kernel is None or not kernel.accepts(x):
             return None

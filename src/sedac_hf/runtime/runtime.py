@@ -241,8 +241,9 @@ class SedacRuntime:
             for idx, layer in enumerate(self.checkpoint_layers):
                 attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
             for i, site in enumerate(self.sites):
-                cut, decode = functools.partial(execution.site_cut, i), functools.partial(execution.site_decoded, i)
-                replacements = forward_replacements(site, cut, decode if kernels else None)
+                cuts = execution.site_cuts
+                cut, decoded = functools.partial(cuts.cut, i), functools.partial(cuts.decoded, i)
+                replacements = forward_replacements(site, cut, decoded if kernels else None)
                 attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()
             if kernels:
