@@ -13,7 +13,6 @@ from transformers import CompileConfig
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.configuration import SedacConfig
-from sedac_hf.runtime import planner
 from tests.policies import random_policy
 from tests.test_invariants import nothing_left
 from tests.tiny_models import tiny_model, token_ids
@@ -26,6 +25,7 @@ CASES = [
     ("llama", "select", False),
     ("gpt2", "select", False),
     ("phi3", "truncate", True),
+    ("opt", "truncate", False),
     ("opt", "select", True),
 ]
 
@@ -135,50 +135,6 @@ def test_full_width_inside_a_graph_is_the_base():
         assert torch.equal(generate(model, ids), expected)
     with model.disable():
         assert torch.equal(generate(model, ids), expected)
-
-
-def test_a_compiled_call_is_not_decided_by_eager_times(monkeypatch):
-    """On a CPU graphs mask: full width, however well eager steps would do."""
-    monkeypatch.setattr(planner, "interleaved", lambda calls, device: [1.0, 0.1][: len(calls)])
-    model, ids = wrapped(cut="select"), token_ids(2, 6)
-    monkeypatch.setattr(model.runtime.planner, "_decide_once", lambda x, rows: None)
-    expected = generate(base_model(), ids, compiled=False)
-    assert torch.equal(generate(model, ids, consistent=False), expected)
-    assert model.stats().choices == {"full width: captured graph: its FFNs run by masking, which saves nothing": 1}
-    model.reset_stats()
-    generate(model, ids)
-    assert model.stats().choices == {"cut: asked for": 1}
-    model.reset_stats()
-    with model.runtime.observe(on_decision=lambda *_: None):
-        generate(model, ids, consistent=False)
-    (choice,) = model.stats().choices
-    assert choice.endswith("measured"), "a watched call runs eagerly"
-
-
-@pytest.mark.parametrize(
-    ("cut", "compensate", "rows", "cuts"),
-    [
-        ("truncate", False, 64, True),
-        ("select", False, 4, True),
-        ("select", False, 5, False),  # of more rows the operator masks
-        ("select", True, 1, False),  # low-rank maps read what operators keep to themselves
-    ],
-)
-def test_on_cuda_a_graph_cuts_where_it_can_skip(cut, compensate, rows, cuts):
-    planner = wrapped(cut=cut, compensate=compensate).runtime.planner
-    chosen, reason = planner.choose_captured(rows, device_type="cuda")
-    assert chosen is cuts
-    assert ("not measured" if cuts else "masking") in reason
-    assert planner.choose_captured(rows, device_type="cuda", consistent=True) == (True, "asked for")
-    assert not planner.choose_captured(rows, device_type="cpu")[0]
-
-
-def test_what_no_graph_serves_is_left_to_the_choice_for_eager_steps():
-    assert wrapped(controller="python").runtime.planner.choose_captured(1) is None
-    assert SedacForCausalLM.from_base(base_model()).runtime.planner.choose_captured(1) is None
-    model = wrapped()
-    with model.disable():
-        assert model.runtime.planner.choose_captured(1) is None
 
 
 def test_an_uncalibrated_model_compiles_as_its_base_does():

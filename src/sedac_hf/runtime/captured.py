@@ -41,10 +41,12 @@ logger = logging.get_logger(__name__)
 class CapturedPass:
     """What goes from layer to layer while a forward is traced; empty before and after it."""
 
-    state: Tensor | None = None
-    levels: Tensor | None = None
-    x: Tensor | None = None  # an FFN's input, from its first linear to down
-    z: Tensor | None = None  # the gate's output, where the gate itself decides
+    def __init__(self) -> None:
+        # On the object from the start: a trace guards on which attributes there are.
+        self.state: Tensor | None = None
+        self.levels: Tensor | None = None
+        self.x: Tensor | None = None  # an FFN's input, from its first linear to down
+        self.z: Tensor | None = None  # the gate's output, where the gate itself decides
 
 
 class CapturedExecution(Execution):
