@@ -61,11 +61,11 @@ pub use costs::CostGrid;
 pub use decisions::{Decisions, ExitDecision};
 pub use error::Error;
 pub use parameter_block::{
-    CheckpointParameters, ParameterBlock, RISK_BEYOND, RISK_BITS, RISK_UNUSABLE, STATE_FAILED, STATE_LATCHED,
-    STATE_SUNK,
+    CheckpointParameters, ParameterBlock, RISK_UNUSABLE, STATE_FAILED, STATE_LATCHED, STATE_SUNK,
 };
 pub use pass::ForwardPass;
 pub use plan::LevelPlan;
+pub use resolution::{RISK_BEYOND, RISK_BITS};
 pub use schedule::{KeepLevels, MAX_LEVELS};
 pub use strips::{RowGroup, Strip, StripPlanner, WORTH_A_CHANGE};
 pub use thresholds::THRESHOLD_FLOOR;

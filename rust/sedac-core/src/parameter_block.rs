@@ -33,14 +33,8 @@
 
 use crate::{
     config::CascadeConfig,
-    resolution::{distance, drops, lowest, power_of_two, size, step_exponent, unit_bits},
+    resolution::{distance, drops, lowest, power_of_two, size, step_exponent, unit_bits, RISK_BEYOND},
 };
-
-/// Bits of a quantised risk.
-pub const RISK_BITS: u32 = 15;
-
-/// A quantised risk that is at or above the end of the range.
-pub const RISK_BEYOND: i16 = i16::MAX;
 
 /// What a NaN or infinite risk is quantised to.
 pub const RISK_UNUSABLE: i16 = -1;

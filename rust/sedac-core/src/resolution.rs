@@ -2,7 +2,13 @@
 //!
 //! Everything here is f64 arithmetic on a cascade's numbers, done once per [`ParameterBlock`](crate::ParameterBlock).
 
-use crate::{accumulator::CONFIDENCE_FLOOR, config::CascadeConfig, parameter_block::RISK_BEYOND};
+use crate::{accumulator::CONFIDENCE_FLOOR, config::CascadeConfig};
+
+/// Bits of a quantised risk.
+pub const RISK_BITS: u32 = 15;
+
+/// A quantised risk that is at or above the end of the range.
+pub const RISK_BEYOND: i16 = i16::MAX;
 
 /// Confidences stay within plus and minus 2^30 units, so that products stay within 2^61.
 const STATE_BITS: i32 = 30;

@@ -5,10 +5,10 @@
 use crate::{
     error::check_length,
     parameter_block::{
-        CheckpointParameters, ParameterBlock, PRODUCT_BITS, RISK_BEYOND, RISK_UNUSABLE, STATE_FAILED,
-        STATE_LATCHED, STATE_SUNK, THRESHOLD_BITS,
+        CheckpointParameters, ParameterBlock, PRODUCT_BITS, RISK_UNUSABLE, STATE_FAILED, STATE_LATCHED,
+        STATE_SUNK, THRESHOLD_BITS,
     },
-    resolution::power_of_two,
+    resolution::{power_of_two, RISK_BEYOND},
     schedule::soft_exit_ratio,
     Error,
 };

@@ -5,10 +5,10 @@ use std::sync::MutexGuard;
 use crate::{
     arch::{Kernel, Simd},
     element::Element,
-    ffn::{Ffn, Need},
     hidden::{four_units, one_unit, rows_of, store, upcoming},
     matrix::Matrix,
     products::{add_rows, Inputs},
+    site::{Ffn, Need},
 };
 
 /// Adds what `units` contribute to `sums[n]`; writes their hidden values to `hidden[n][unit - first]` if asked to.

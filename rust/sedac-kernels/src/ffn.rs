@@ -13,7 +13,6 @@
 use std::{cell::Cell, sync::Mutex};
 
 use crate::{
-    activation::Activation,
     arch::{Isa, LANE_UNITS},
     columns::{AddUnits, SumParts},
     element::Element,
@@ -23,6 +22,7 @@ use crate::{
     products::{Inputs, STEP},
     rows::{split_outputs, tasks_of, widened, Parts},
     shadow::{Choose, Int8Row, Shadow},
+    site::{Down, Ffn, Need, Point},
     team::Team,
     Error, MAX_ROWS,
 };
@@ -32,36 +32,6 @@ const BLOCKS: usize = 32;
 /// Numbers in the parts from which their sum is shared out over the team.
 const SHARED_SUM_FROM: usize = 1 << 16;
 
-/// Down's weights.
-#[derive(Clone, Copy, Debug)]
-pub enum Down<'a, T> {
-    /// `[units][hidden size]`: a unit's column is contiguous.
-    Columns(Matrix<'a, T>),
-    /// `[hidden size][units]`, as `nn.Linear` keeps it.
-    Rows(Matrix<'a, T>),
-}
-
-/// The weights of one FFN: `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
-#[derive(Clone, Copy, Debug)]
-#[allow(missing_docs)]
-pub struct Ffn<'a, T> {
-    pub gate: Option<Matrix<'a, T>>,
-    pub up: Matrix<'a, T>,
-    pub down: Down<'a, T>,
-    pub gate_bias: Option<&'a [T]>,
-    pub up_bias: Option<&'a [T]>,
-    pub down_bias: Option<&'a [T]>,
-    pub activation: Activation,
-}
-
-/// What one row uses: of the first `width` units those whose importance is at least `importance_min` (0: all).
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[allow(missing_docs)]
-pub struct Point {
-    pub width: usize,
-    pub importance_min: f32,
-}
-
 /// What a call used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
@@ -69,48 +39,6 @@ pub struct Used {
     pub needed: usize,
     /// Units that some row needed.
     pub read: usize,
-}
-
-impl<T: Copy> Ffn<'_, T> {
-    /// Number of units.
-    #[must_use]
-    pub fn units(&self) -> usize {
-        self.up.rows()
-    }
-
-    /// Length of an input and an output row.
-    #[must_use]
-    pub fn hidden_size(&self) -> usize {
-        self.up.columns()
-    }
-
-    fn check(&self) -> Result<(), Error> {
-        let (f, d) = (self.units(), self.hidden_size());
-        if d == 0 {
-            return Err(Error::size("up", "at least one column", d));
-        }
-        let (down, down_wanted) = match &self.down {
-            Down::Columns(down) => (down, (f, d)),
-            Down::Rows(down) => (down, (d, f)),
-        };
-        for (what, matrix, wanted) in
-            [("down", Some(down), down_wanted), ("gate", self.gate.as_ref(), (f, d))]
-        {
-            let got = matrix.map_or(wanted, |matrix| (matrix.rows(), matrix.columns()));
-            if got != wanted {
-                let size = |(rows, columns)| format!("{rows} x {columns}");
-                return Err(Error::size(what, size(wanted), size(got)));
-            }
-        }
-        for (what, bias, wanted) in
-            [("gate_bias", self.gate_bias, f), ("up_bias", self.up_bias, f), ("down_bias", self.down_bias, d)]
-        {
-            if bias.is_some_and(|bias| bias.len() != wanted) {
-                return Err(Error::size(what, wanted, bias.map_or(0, <[T]>::len)));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Runs the FFN on `points.len()` rows: x and y `[rows][hidden size]`.
@@ -161,9 +89,6 @@ pub fn ffn<T: Element>(
         got => Err(Error::Rows { got }),
     }
 }
-
-/// A unit, and a bit for each row that needs it.
-pub(crate) type Need = (u32, u8);
 
 /// Memory that a thread keeps from call to call: fresh pages would cost more than the sums in them.
 #[derive(Default)]

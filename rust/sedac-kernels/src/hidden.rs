@@ -3,8 +3,8 @@
 use crate::{
     arch::{Kernel, Simd},
     element::Element,
-    ffn::{Ffn, Need},
     products::{dots, Inputs},
+    site::{Ffn, Need},
 };
 
 /// Hidden values of `units`, written to `hidden[n][unit - first]`.

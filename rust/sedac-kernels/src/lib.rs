@@ -52,18 +52,20 @@ mod products;
 mod read;
 mod rows;
 mod shadow;
+mod site;
 mod team;
 
 pub use activation::Activation;
 pub use arch::Isa;
 pub use element::Element;
 pub use error::Error;
-pub use ffn::{ffn, Down, Ffn, Point, Used};
+pub use ffn::{ffn, Used};
 pub use linear::linear;
 pub use matrix::Matrix;
 pub use probe::{risks, Probe};
 pub use read::read;
 pub use shadow::Shadow;
+pub use site::{Down, Ffn, Point};
 pub use team::{drain, OwnThreads, Serial, Team};
 
 /// Most rows of a call: with more, weights are used often enough that matrix products are the better way.

@@ -15,6 +15,7 @@ use half::bf16;
 use crate::{
     activation::{Activation, ROUNDER},
     arch::{Block, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS},
+    site::{Need, Point},
     Error,
 };
 
@@ -99,11 +100,11 @@ pub(crate) struct Choose<'a> {
     pub(crate) shadow: Shadow<'a>,
     pub(crate) activation: Activation,
     pub(crate) rows: &'a [Int8Row],
-    pub(crate) points: &'a [crate::Point],
+    pub(crate) points: &'a [Point],
     pub(crate) lo: usize,
     pub(crate) hi: usize,
     /// Receives the units that some row needs, and for each a bit per row that does.
-    pub(crate) chosen: &'a mut Vec<(u32, u8)>,
+    pub(crate) chosen: &'a mut Vec<Need>,
 }
 
 impl Kernel for Choose<'_> {

@@ -4,8 +4,9 @@
 dispatch.py.
 """
 
-from sedac_hf.ops.contract import Compensation, FFNWeights, LevelPlan, OperatingPoint, Record, SiteCut
+from sedac_hf.ops.contract import Compensation, FFNWeights, OperatingPoint, Record, SiteCut
 from sedac_hf.ops.dispatch import ENGINES, cut_ffn
+from sedac_hf.ops.level_plan import LevelPlan
 
 __all__ = [
     "ENGINES",

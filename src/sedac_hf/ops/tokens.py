@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedac_hf.ops.contract import LevelPlan, SiteCut
+from sedac_hf.ops.contract import SiteCut
+from sedac_hf.ops.level_plan import LevelPlan
 
 
 def level_widths(cut: SiteCut, intermediate_size: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sedac_hf.ops.contract import Compensation, LevelPlan, OperatingPoint
+from sedac_hf.ops.contract import Compensation, OperatingPoint
+from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.threads import end_step
 
 if TYPE_CHECKING:

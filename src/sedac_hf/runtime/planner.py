@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS
-from sedac_hf.ops.contract import LevelPlan, SiteCut
+from sedac_hf.ops.contract import SiteCut
+from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.decode_linears import DecodeLinear, Shape

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ops.compiled import MAX_ROWS
-from sedac_hf.ops.contract import Compensation, DecodeKernel, LevelPlan, OperatingPoint, SiteCut
+from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint, SiteCut
+from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.runtime.forward_pass import ForwardPass, current_pass
 
