@@ -1,8 +1,10 @@
 """Cost of the controller: `python benchmarks/controller.py [--json PATH]`.
 
 One run, the engines taking turns in every round, medians over the rounds. Compared are the compiled engine, the NumPy
-oracle and a per-token Python loop (what a controller in plain Python is). Before anything is timed the first two must
-give the same levels, and the loop, which reckons in float64, the same but for one in 10,000.
+oracle and plain Python: a per-token loop for the law, `sedac_hf.ops.strip_plan` for where strips are cut (one plan of
+an FFN of the 0.5B shape, by the table of times that is measured first; it has no part in NumPy). Before anything is
+timed the first two must give the same levels and both planners the same strips; the loop, which reckons in float64,
+the same levels but for one in 10,000.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sedac_hf.configuration import LayerConfig
-from sedac_hf.control import Controller, make_controller
+from sedac_hf.control import Controller, make_controller, strip_planner
+from sedac_hf.ops.contract import FFNWeights
+from sedac_hf.ops.costs import cost_table
+from sedac_hf.ops.strip_plan import PythonStripPlanner, StripPlanner
 
 LAYERS = [LayerConfig(3, 0.2, 0.8, 0.3), LayerConfig(6, 0.5, 1.0, 0.4), LayerConfig(9, 0.8, 1.2, 0.3)]
 LOOP_TOKENS = 20_000
 """The per-token loop is timed on so many and scaled: its cost per token does not depend on their number."""
+
+HIDDEN_SIZE, UNITS = 896, 4864
+STRIP_TOKENS = (512, 2048)
 
 
 def per_token_loop(controller: Controller, risk: np.ndarray) -> list[list[int]]:
@@ -52,6 +61,27 @@ def one_pass(controller: Controller, risk: np.ndarray) -> Callable[[], None]:
             controller.step(state, i, risk[i])
 
     return run
+
+
+def strip_planners() -> dict[str, StripPlanner]:
+    """Both planners, over the times of a gated float32 FFN on this machine."""
+    generator = torch.Generator().manual_seed(0)
+    gate, up, down = (
+        torch.randn(shape, generator=generator) * 0.02
+        for shape in ((UNITS, HIDDEN_SIZE), (UNITS, HIDDEN_SIZE), (HIDDEN_SIZE, UNITS))
+    )
+    table = cost_table(FFNWeights(gate, up, down, None, None, None, torch.nn.functional.silu))
+    print(f"strips are cut by {table.origin} costs: {table.key}")
+    classes = {"rust": strip_planner("rust"), "plain": PythonStripPlanner}
+    return {name: table.planner("whole", planner_class) for name, planner_class in classes.items()}
+
+
+def ends_of(levels: np.ndarray, n_levels: int) -> list[tuple[int, int]]:
+    """(width, row after the last token of it) of a batch with these levels, widths in proportion, the widest first."""
+    counts = np.bincount(levels, minlength=n_levels + 1)[::-1]
+    rows = np.cumsum(counts).tolist()
+    widths = range(UNITS, -1, -UNITS // n_levels)
+    return [(width, row) for width, row, count in zip(widths, rows, counts, strict=True) if count]
 
 
 def machine() -> dict[str, Any]:
@@ -111,6 +141,12 @@ def main() -> None:
     same = np.mean(levels[:, : few.shape[1]] == np.array(per_token_loop(rust, few)).T)
     assert same > 0.9999, f"the loop (float64) agrees on {same:.4%} of the levels only"
 
+    planners = strip_planners()
+    batches = {n: ends_of(rng.integers(1, rust.n_levels + 1, n), rust.n_levels) for n in STRIP_TOKENS}
+    for ends in batches.values():
+        in_rust, in_python = (list(map(tuple, planner.strips(ends))) for planner in planners.values())
+        assert in_rust == in_python, f"the planners cut {ends} differently: {in_rust} and {in_python}"
+
     engines = {"rust": rust, "numpy": python}
     steps: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(args.rounds):
@@ -121,9 +157,14 @@ def main() -> None:
     small = measure(
         {
             **{f"pass/{name}": (one_pass(engine, one), 500) for name, engine in engines.items()},
-            "pass/loop": (lambda: per_token_loop(rust, one), 500),
+            "pass/plain": (lambda: per_token_loop(rust, one), 500),
             **{f"plan_1/{n}": (lambda e=e: e.plan(levels[0, :1]), 500) for n, e in engines.items()},
             **{f"plan_1000/{n}": (lambda e=e: e.plan(levels[0, :1000]), 100) for n, e in engines.items()},
+            **{
+                f"strips_{n}/{name}": (lambda p=planner, e=ends: p.strips(e), 100)
+                for n, ends in batches.items()
+                for name, planner in planners.items()
+            },
             **{f"update_256/{n}": (lambda e=e: e.update_threshold(3, samples), 100) for n, e in engines.items()},
         },
         args.rounds,
@@ -131,28 +172,29 @@ def main() -> None:
     large = measure(
         {
             **{f"batch/{n}": (lambda e=e: e.evaluate_batch(risk), 1) for n, e in engines.items()},
-            "batch/loop": (lambda: per_token_loop(rust, few), 1),
+            "batch/plain": (lambda: per_token_loop(rust, few), 1),
             **{f"plan/{n}": (lambda e=e: e.plan(levels[0]), 1) for n, e in engines.items()},
         },
         max(3, args.rounds // 2),
     )
-    large["batch/loop"] *= args.tokens / few.shape[1]
+    large["batch/plain"] *= args.tokens / few.shape[1]
 
     rows = [
         ("step, 1 token", 1e6, "us", {name: statistics.median(values) for name, values in steps.items()}),
         ("begin + 3 steps, 1 token", 1e6, "us", pick(small, "pass")),
         ("plan, 1 token", 1e6, "us", pick(small, "plan_1")),
         ("plan, 1,000 tokens", 1e6, "us", pick(small, "plan_1000")),
+        *((f"strips of {n:,} mixed tokens", 1e6, "us", pick(small, f"strips_{n}")) for n in STRIP_TOKENS),
         ("update_threshold, 256 samples", 1e6, "us", pick(small, "update_256")),
         (f"evaluate_batch, {len(LAYERS)} x {args.tokens:,}", 1e3, "ms", pick(large, "batch")),
         (f"plan, {args.tokens:,} tokens", 1e3, "ms", pick(large, "plan")),
     ]
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'median of the rounds':<34}{'rust':>12}{'numpy':>12}{'loop':>12}{'numpy/rust':>12}{'loop/rust':>12}")
+    print(f"{'median of the rounds':<34}{'rust':>12}{'numpy':>12}{'python':>12}{'numpy/rust':>12}{'python/rust':>12}")
     for label, scale, unit, seconds in rows:
-        cells = [f"{seconds[e] * scale:,.2f} {unit}" if e in seconds else "" for e in ("rust", "numpy", "loop")]
-        cells += [f"{seconds[e] / seconds['rust']:.1f}x" if e in seconds else "" for e in ("numpy", "loop")]
+        cells = [f"{seconds[e] * scale:,.2f} {unit}" if e in seconds else "" for e in ("rust", "numpy", "plain")]
+        cells += [f"{seconds[e] / seconds['rust']:.1f}x" if e in seconds else "" for e in ("numpy", "plain")]
         print(f"{label:<34}" + "".join(f"{cell:>12}" for cell in cells))
     if args.json:
         figures = {label: seconds for label, _, _, seconds in rows}

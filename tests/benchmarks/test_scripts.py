@@ -74,3 +74,17 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert case["rows"]["base"]["time_over_base"] == 1
     assert all(row["taken"] > 0 for row in case["rows"].values())
     assert all(case["rows"][name]["chose"] for name in names if name.startswith("auto"))
+
+
+def test_controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import controller
+
+    monkeypatch.setenv("SEDAC_MEASURE_COSTS", "0")
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["controller", "--rounds", "1", "--tokens", "10000", "--json", str(out)])
+    controller.main()
+    assert "strips are cut by stated costs" in capsys.readouterr().out
+    seconds = json.loads(out.read_text())["seconds"]
+    for label in ("strips of 512 mixed tokens", "strips of 2,048 mixed tokens"):
+        assert set(seconds[label]) == {"rust", "plain"}
+    assert all(value > 0 for row in seconds.values() for value in row.values())

@@ -20,7 +20,8 @@ QUICK = ["--fit-tokens", "2048", "--held-out-tokens", "2048", "--json"]
 def test_a_law_recipe_is_saved_as_it_is_written(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = CONFIGS / f"{name}.yaml"
     out = tmp_path / name
-    assert main(["calibrate", "demo", "--config", str(recipe), "--out", str(out), *QUICK]) == 0
+    arguments = ["calibrate", "demo", "--config", str(recipe), "--extra-memory", "0.2", "--out", str(out), *QUICK]
+    assert main(arguments) == 0
     wanted = law_of(load_recipe(recipe), n_layers=12)
     printed = json.loads(capsys.readouterr().out)["law"]
     assert [item["initial_threshold"] for item in printed] == [0.8, 1.0, 1.2]
@@ -29,6 +30,7 @@ def test_a_law_recipe_is_saved_as_it_is_written(name: str, tmp_path: Path, capsy
     assert model.config.cascade == tuple(wanted["layer_configs"])
     assert (model.config.confidence_decay, model.config.soft_exit) == (wanted["confidence_decay"], wanted["soft_exit"])
     assert model.calibration_report is None
+    assert model.config.extra_memory == 0.2
     ids = AutoTokenizer.from_pretrained(out)("def main():\n    return", return_tensors="pt")
     model(**ids)
     stats = model.stats()
@@ -37,7 +39,8 @@ def test_a_law_recipe_is_saved_as_it_is_written(name: str, tmp_path: Path, capsy
 
 def test_the_report_holds_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model"
-    arguments = ["calibrate", "demo", "--share", "0.6", "--context", "128", "--out", str(out), *QUICK]
+    cap = ["--extra-memory", "0.03"]
+    arguments = ["calibrate", "demo", "--share", "0.6", "--context", "128", "--out", str(out), *cap, *QUICK]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "calibration_report.json").read_text())
@@ -51,3 +54,6 @@ def test_the_report_holds_what_was_measured(tmp_path: Path, capsys: pytest.Captu
     assert low <= high
     assert report["constant_share"] == pytest.approx(report["needed_bytes"], abs=0.005)
     assert report["context"] == 128
+    config = json.loads((out / "config.json").read_text())
+    assert config["extra_memory"] == 0.03
+    assert config["shadow_bits"] in (3, 2)  # there is no room for four

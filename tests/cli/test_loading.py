@@ -31,6 +31,27 @@ def test_an_adapter_takes_the_tokenizer_of_its_base(tmp_path: Path) -> None:
     assert len(load_tokenizer(path, load_model(path, device="cpu"))) == 4096
 
 
+def test_the_cap_is_given_kept_and_replaced(tmp_path: Path) -> None:
+    plain = load_model("demo", device="cpu", extra_memory=0.3)
+    assert plain.config.extra_memory == plain.runtime.extra_memory == 0.3
+    plain.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    plain.save_pretrained(tmp_path / "whole")
+    for path in (str(tmp_path / "adapter"), str(tmp_path / "whole")):
+        assert load_model(path, device="cpu").runtime.extra_memory == 0.3
+        again = load_model(path, device="cpu", extra_memory=0.05)
+        assert again.config.extra_memory == again.runtime.extra_memory == 0.05
+
+
+@pytest.mark.parametrize("value", ["-0.1", "nan"])
+@pytest.mark.parametrize(
+    "command", [["calibrate", "demo"], ["generate", "demo", "a"], ["eval", "ppl", "demo"], ["bench", "demo"]], ids=str
+)
+def test_a_cap_that_is_none_is_exit_code_1(command: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--extra-memory", value]) == 1
+    error = capsys.readouterr().err
+    assert "`extra_memory` must be a finite share of the base's bytes of 0 or more, e.g. 0.1" in error
+
+
 def test_a_named_tokenizer_must_exist(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         load_tokenizer("demo", load_model("demo", device="cpu"), str(tmp_path))

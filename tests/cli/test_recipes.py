@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sedac_hf.cli.main import main
 from sedac_hf.cli.recipes import CALIBRATION_KEYS, RecipeError, is_law, law_of, load_recipe, with_flags
 from sedac_hf.errors import ConfigError
 
@@ -85,6 +86,19 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
     merged = with_flags(path, max_ppl_increase=0.01, seed=None, context=128)
     assert merged == {"max_ppl_increase": 0.01, "seed": 3, "context": 128}
     assert with_flags(None, share=0.5, seed=None) == {"share": 0.5}
+
+
+def test_either_kind_may_cap_the_memory(tmp_path: Path) -> None:
+    for text in ("share: 0.5", f"layer_configs: [{LAYER}]"):
+        path = recipe(tmp_path, f"{text}\nextra_memory: 0.2")
+        assert with_flags(path)["extra_memory"] == 0.2
+        assert with_flags(path, extra_memory=0.05)["extra_memory"] == 0.05
+
+
+def test_a_cap_of_a_recipe_is_checked_by_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, "share: 0.5\nextra_memory: ten percent")
+    assert main(["calibrate", "demo", "--config", str(path)]) == 1
+    assert "`extra_memory` must be a finite share" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

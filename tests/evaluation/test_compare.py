@@ -99,16 +99,18 @@ def test_too_little_text_gives_no_interval() -> None:
 
 def test_stats_of_processes_are_merged() -> None:
     part: dict[str, Any] = {
-        "tokens": 30, "needed_bytes_share": 0.5, "engines": {"mask": 2},
+        "tokens": 30, "needed_bytes_share": 0.5, "engines": {"mask": 2}, "strip_costs": {"a": "stated"},
         "checkpoints": [{"layer_idx": 3, "tokens": 30, "exits": 10, "mean_ratio": 0.2}],
     }  # fmt: skip
     other: dict[str, Any] = {
         "tokens": 10, "needed_bytes_share": 0.9, "engines": {"mask": 1, "strips": 1},
+        "strip_costs": {"a": "measured", "b": "stated"},
         "checkpoints": [{"layer_idx": 3, "tokens": 10, "exits": 0, "mean_ratio": 0.6}],
     }  # fmt: skip
     merged = merge_stats([part, other])
     assert merged["needed_bytes_share"] == pytest.approx(0.6)
     assert (merged["tokens"], merged["engines"]) == (40, {"mask": 3, "strips": 1})
+    assert merged["strip_costs"] == {"a": "measured and stated", "b": "stated"}
     assert merged["checkpoints"] == [
         {"layer_idx": 3, "tokens": 40, "exits": 10, "mean_ratio": pytest.approx(0.3)}
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sedac_hf.cli.env import machine
+from sedac_hf.cli.loading import ExtraMemoryOption, load_model
 
 
 def command(
@@ -27,6 +28,7 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements per variant; the median is quoted.")] = 5,
     dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto (as saved).")] = "auto",
     device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda:0; default: a GPU where there is one.")] = None,
+    extra_memory: ExtraMemoryOption = None,
     consistent: Annotated[
         bool, typer.Option("--consistent", help="Cut even where full width would be quicker.")
     ] = False,
@@ -34,10 +36,9 @@ def command(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time dense, full width and SEDAC in turn, and print the medians and their ratio."""
-    from sedac_hf.cli.loading import load_model
     from sedac_hf.evaluation.speed import compare_speed
 
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, extra_memory=extra_memory)
     extra = {"consistent": True} if consistent else {}
     report = compare_speed(
         loaded,

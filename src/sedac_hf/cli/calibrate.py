@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sedac_hf.cli.loading import DEMO, load_model, load_tokenizer
+from sedac_hf.cli.loading import DEMO, ExtraMemoryOption, load_model, load_tokenizer
 from sedac_hf.cli.recipes import LAW_KEYS, ConfigOption, is_law, law_of, with_flags
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the model's.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto (as saved).")] = "auto",
     device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda:0; default: a GPU where there is one.")] = None,
+    extra_memory: ExtraMemoryOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Fit the policy that skips most within a perplexity budget, and report what it costs."""
@@ -68,10 +69,11 @@ def command(
         probe_rank=probe_rank,
         fit_tokens=fit_tokens,
         held_out_tokens=held_out_tokens,
+        extra_memory=extra_memory,
     )
     law = {name: settings.pop(name) for name in LAW_KEYS & set(settings)} if is_law(settings) else None
     texts = calibration_texts(model, text, stdlib)
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, extra_memory=settings.pop("extra_memory", None))
     words = load_tokenizer(model, loaded, tokenizer)
     if model == DEMO:
         settings.setdefault("context", 256)  # what it was trained at
@@ -101,7 +103,8 @@ def with_law(
     values = law_of(law, len(loaded.runtime.decoder_layers))
     base = loaded.unload()
     n_levels = values.pop("n_levels", None)
-    model = SedacForCausalLM.from_base(base, SedacConfig(base.config, layer_configs=values["layer_configs"]))
+    config = SedacConfig(base.config, layer_configs=values["layer_configs"], extra_memory=loaded.config.extra_memory)
+    model = SedacForCausalLM.from_base(base, config)
     if n_levels is not None:
         settings["n_levels"] = n_levels
     # any position of the dial fits probes and order; a share is the one that always exists

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sedac_hf.cli.loading import DEMO, load_model, load_tokenizer
+from sedac_hf.cli.loading import DEMO, ExtraMemoryOption, load_model, load_tokenizer
 from sedac_hf.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def ppl(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many scored tokens.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto (as saved).")] = "auto",
     device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda:0; default: a GPU where there is one.")] = None,
+    extra_memory: ExtraMemoryOption = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward call.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the model's.")] = None,
     confidence: Annotated[float, typer.Option(help="Confidence of the interval and the bound.")] = 0.95,
@@ -73,7 +74,7 @@ def ppl(
     from sedac_hf.evaluation.processes import is_main_process, leave, local_device
 
     place = device or local_device()
-    loaded = load_model(model, dtype=dtype, device=None if place is None else str(place))
+    loaded = load_model(model, dtype=dtype, device=None if place is None else str(place), extra_memory=extra_memory)
     if context is None and model == DEMO:
         context = _DEMO_CONTEXT
     result = compare(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sedac_hf.cli.loading import load_model, load_tokenizer
+from sedac_hf.cli.loading import ExtraMemoryOption, load_model, load_tokenizer
 
 
 def command(
@@ -29,13 +29,14 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the model's.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights' type: float32, bfloat16, float16 or auto (as saved).")] = "auto",
     device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda:0; default: a GPU where there is one.")] = None,
+    extra_memory: ExtraMemoryOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
 ) -> None:
     """Complete a prompt."""
     import torch
     from transformers import TextStreamer
 
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, extra_memory=extra_memory)
     words = load_tokenizer(model, loaded, tokenizer)
     inputs = words(prompt, return_tensors="pt").to(loaded.device)
     if inputs["input_ids"].shape[1] == 0:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
+    from sedac_hf.configuration import SedacConfig
     from sedac_hf.modeling import SedacForCausalLM
 
 DEMO = "demo"
+
+ExtraMemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Most bytes beside the base (shadow, compensation, probes), as a share of the base's.",
+        show_default="as saved; 0.1 for a plain decoder",
+    ),
+]
 
 
 def model_path(model: str) -> str:
@@ -17,7 +28,9 @@ def model_path(model: str) -> str:
     return str(demo_path()) if model == DEMO else model
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str | None = None) -> SedacForCausalLM:
+def load_model(
+    model: str, *, dtype: str = "auto", device: str | None = None, extra_memory: float | None = None
+) -> SedacForCausalLM:
     """Load a SEDAC model, an adapter, or a plain decoder (uncalibrated).
 
     Args:
@@ -25,6 +38,10 @@ def load_model(model: str, *, dtype: str = "auto", device: str | None = None) ->
         dtype: "auto" (as saved; float32 for "demo" on a CPU, which is slow in the half precision it is stored in) or
             the name of a torch dtype.
         device: e.g. "cpu", "cuda:0" or "auto"; default: the first GPU where there is one, else the CPU.
+        extra_memory: instead of a saved configuration's, or of the default (see `SedacConfig`).
+
+    Raises:
+        ConfigError: ``extra_memory`` is out of range, or a saved policy does not fit into it.
     """
     import torch
 
@@ -33,8 +50,23 @@ def load_model(model: str, *, dtype: str = "auto", device: str | None = None) ->
     place = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     if model == DEMO and dtype == "auto" and place == "cpu":
         dtype = "float32"
-    loaded: SedacForCausalLM = SedacForCausalLM.from_pretrained(model_path(model), dtype=dtype, device_map=place)
+    path = model_path(model)
+    config = None if extra_memory is None else _config_with(path, extra_memory)
+    loaded: SedacForCausalLM = SedacForCausalLM.from_pretrained(path, config, dtype=dtype, device_map=place)
     return loaded
+
+
+def _config_with(path: str, extra_memory: float) -> SedacConfig:
+    """A saved configuration with this cap; for a plain decoder a new one."""
+    from sedac_hf.adapter_files import read_config
+    from sedac_hf.configuration import SedacConfig, check_extra_memory
+
+    cap = check_extra_memory(extra_memory)
+    config = read_config(path)
+    if not isinstance(config, SedacConfig):
+        return SedacConfig(extra_memory=cap)
+    config.extra_memory = cap
+    return config
 
 
 def load_tokenizer(model: str, loaded: SedacForCausalLM, tokenizer: str | None = None) -> Any:

@@ -7,6 +7,8 @@ Two kinds exist, told apart by their keys:
 - a law recipe holds an uncalibrated law, i.e. arguments of the controller (``configs/v6_1.yaml``). In its
   ``layer_configs`` the place of a checkpoint is either ``layer_idx`` or ``depth``, a share of the decoder's layers, so
   that one file serves decoders of any depth.
+
+Either may hold ``extra_memory``, an argument of `sedac_hf.SedacConfig`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ CALIBRATION_KEYS = frozenset(
         "probe_rank", "fit_tokens", "held_out_tokens",
     }
 )  # fmt: skip
+LOADING_KEYS = frozenset({"extra_memory"})
+"""Of the wrapper; either kind of recipe may have them."""
+
 LAW_KEYS = frozenset({"layer_configs", "confidence_decay", "soft_exit", "alpha", "n_levels"})
 LAYER_KEYS = frozenset(
     {"depth", "layer_idx", "target_exit_rate", "initial_threshold", "confidence_weight", "quantile"}
@@ -61,7 +66,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"the recipe {path} must be YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"the recipe {path} must be a mapping of keys to values, got {type(content).__name__}")
-    _reject_unknown(content, CALIBRATION_KEYS | LAW_KEYS, f"the recipe {path}")
+    _reject_unknown(content, CALIBRATION_KEYS | LAW_KEYS | LOADING_KEYS, f"the recipe {path}")
     layers = content.get("layer_configs", [])
     if not isinstance(layers, list) or (is_law(content) and not layers):
         raise RecipeError(f"`layer_configs` of the recipe {path} must be a list of checkpoints, got {layers!r}")
@@ -70,7 +75,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         if not isinstance(layer, dict):
             raise RecipeError(f"{where} must be a mapping, got {layer!r}")
         _reject_unknown(layer, LAYER_KEYS, where)
-    if is_law(content) and (foreign := sorted(set(content) - LAW_KEYS)):
+    if is_law(content) and (foreign := sorted(set(content) - LAW_KEYS - LOADING_KEYS)):
         raise RecipeError(
             f"the recipe {path} has the law's own `layer_configs` beside {', '.join(foreign)}: calibration chooses "
             "the law itself; keep the one or the other"

@@ -18,6 +18,7 @@ from sedac_hf.evaluation.perplexity import PerplexityResult, fitting_context, me
 from sedac_hf.evaluation.processes import gather
 from sedac_hf.evaluation.texts import Document, read_documents, split_documents
 from sedac_hf.evaluation.windows import BosPolicy, Protocol, WindowSet, make_windows
+from sedac_hf.runtime.stats import joined_origins
 
 _FEW_DOCUMENTS = 20  # below this, blocks of text are what uncertainty is counted over
 _BLOCK_CHARACTERS = (512, 8192)
@@ -161,7 +162,12 @@ def merge_stats(parts: list[dict[str, Any]]) -> dict[str, Any]:
         values = [part[key] for part in parts]
         if isinstance(first, dict):
             names = sorted({name for value in values for name in value})
-            merged[key] = {name: sum(value.get(name, 0) for value in values) for name in names}
+            found = {name: [value[name] for value in values if name in value] for name in names}
+            # Numbers are counts; texts say where the costs of strips came from.
+            merged[key] = {
+                name: joined_origins(items) if isinstance(items[0], str) else sum(items)
+                for name, items in found.items()
+            }
         elif isinstance(first, list):
             merged[key] = [merge_stats(list(items)) for items in zip(*values, strict=True)]
         elif key.endswith("share") or key.startswith("mean"):

@@ -73,6 +73,11 @@ class CostKey(NamedTuple):
     matrices: int
     threads: int
 
+    def __str__(self) -> str:
+        """As in "float32 on cpu, hidden size 896, 3 matrices, 2 threads"."""
+        text = f"{str(self.dtype).removeprefix('torch.')} on {self.device}, hidden size {self.hidden_size}"
+        return f"{text}, {self.matrices} matrices" + (f", {self.threads} threads" if self.threads else "")
+
 
 class Times(NamedTuple):
     """Seconds [len(TOKENS), len(UNITS)] of ``act(gate x) * up x`` and of down."""
@@ -92,6 +97,11 @@ class CostTable:
     prior: Times
     measured: Times | None
     _planners: dict[tuple[Part, PlannerClass], StripPlanner] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """Where its times come from: "measured" on this machine, or "stated" by the rates."""
+        return "stated" if self.measured is None else "measured"
 
     def planner(self, part: Part, planner_class: PlannerClass) -> StripPlanner:
         """The planner over a part's times, made once; it also answers ``seconds(tokens, units)``.

@@ -35,7 +35,7 @@ from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
-from sedac_hf.runtime.stats import SedacStats, Tally
+from sedac_hf.runtime.stats import SedacStats, Tally, strip_costs
 from sedac_hf.runtime.weights import PreparedWeights
 
 logger = logging.get_logger(__name__)
@@ -346,7 +346,7 @@ class SedacRuntime:
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
         self.captured.flush()
-        return replace(self.tally.snapshot(), memory=self.memory().to_dict())
+        return replace(self.tally.snapshot(), memory=self.memory().to_dict(), strip_costs=strip_costs())
 
 
 def _risks_matter(controller: Controller) -> bool:

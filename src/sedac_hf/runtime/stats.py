@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from sedac_hf.ops.costs import known_tables
 
 NEEDED_ELEMENT_BYTES = 2  # the needed share is quoted for a bf16 base
 
@@ -58,7 +61,9 @@ class SedacStats:
     the tokens' operating points use; ``saved_*``: what this run did not spend. ``fail_safe``: token x checkpoint
     decisions sent to full width because of an unusable risk or an unreadable call. ``choices``: how often ``generate``
     chose to cut or to run at full width, with its reason. ``memory``: bytes held, of the base and of
-    what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`).
+    what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`). ``strip_costs``: for each kind of FFN that this
+    process has cut in strips so far, in words, whether the times that its strips are cut by were "measured" on this
+    machine or "stated" (`sedac_hf.ops.costs`); it outlives a reset.
     """
 
     tokens: int
@@ -72,6 +77,7 @@ class SedacStats:
     engines: dict[str, int]
     choices: dict[str, int]
     memory: dict[str, int] = field(default_factory=dict)
+    strip_costs: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
@@ -80,6 +86,22 @@ class SedacStats:
             item["mean_ratio"] = checkpoint.mean_ratio
             del item["ratio_sum"]
         return values
+
+
+def joined_origins(origins: Iterable[str]) -> str:
+    """Origins of one kind's strip costs as one text: "measured", "stated", or both, where they differ."""
+    return " and ".join(sorted({part for origin in origins for part in origin.split(" and ")}))
+
+
+def strip_costs() -> dict[str, str]:
+    """What `SedacStats.strip_costs` holds, of the process so far.
+
+    A kind has both origins where ``SEDAC_MEASURE_COSTS`` was changed in between.
+    """
+    found: dict[str, list[str]] = {}
+    for table in known_tables():
+        found.setdefault(str(table.key), []).append(table.origin)
+    return {kind: joined_origins(origins) for kind, origins in found.items()}
 
 
 @dataclass

@@ -56,6 +56,8 @@ def print_summary(runtime: SedacRuntime, law: Mapping[str, Any], stats: SedacSta
         f"{_mebibytes(held['shadow'])}, compensation {_mebibytes(held['compensation'])}, probes "
         f"{_mebibytes(held['probes'])}, channel orders {_mebibytes(held['channel_order'])}"
     )
+    for kind, origin in stats.strip_costs.items():
+        console.print(f"strips are cut by {origin} costs: {kind}")
     for choice, count in stats.choices.items():
         console.print(f"generate, {count} call(s): {choice}")
 
