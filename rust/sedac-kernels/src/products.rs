@@ -120,10 +120,8 @@ pub(crate) fn add_rows<S: Simd, T: Element, const R: usize, const N: usize, cons
     }
     let mut k = 0;
     while k < whole {
-        if k % line::<T>() == 0 {
-            for row in ahead {
-                simd.prefetch(row, k);
-            }
+        for row in ahead {
+            simd.prefetch(row, k); // each line several times: a core whose queue of misses is full drops a request
         }
         // SAFETY: k + LANES <= whole <= length, to which every row was cut and which every sum has (asserted above).
         unsafe {
