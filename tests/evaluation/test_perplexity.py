@@ -115,6 +115,23 @@ def test_bits_per_byte_and_json() -> None:
     assert values["documents"][1]["name"] == "text[1]"
 
 
+@torch.no_grad()
+def test_logits_of_one_window_are_not_copied() -> None:
+    model = tiny_model("llama")
+    windows = make_windows(TEXTS, PLAIN, context=16, protocol="windows").windows
+    window = next(window for window in windows if len(window) == 16)
+    held: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, output: held.append(output.logits))
+    try:
+        alone = scored_logits(model, make_batch([window]))
+    finally:
+        handle.remove()
+    batch = make_batch([window])
+    assert alone.untyped_storage().data_ptr() == held[0].untyped_storage().data_ptr()
+    assert torch.equal(alone, held[0][:, -batch.scored.sum() - 1 : -1][0])
+    torch.testing.assert_close(scored_logits(model, make_batch([window, window])), torch.cat((alone, alone)))
+
+
 def test_reduced_precision_is_summed_in_full() -> None:
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16() * 8
     targets = torch.arange(50)

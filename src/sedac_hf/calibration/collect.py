@@ -99,13 +99,15 @@ def collect(
         if keep_moments:
             second = moment[i]
             assert second is not None
-            second.add_((h.T @ h).to(second.device))
+            if h.device == second.device:
+                second.addmm_(h.T, h)  # in place: a product of its own would be as large as the moment
+            else:
+                second.add_((h.T @ h).to(second.device))
 
     rows = 0
     with runtime.observe(on_ffn=on_ffn):
         for batch in stream(runtime, windows, progress, "statistics"):
-            logits = scored_logits(runtime.model, batch)
-            nll = nll_of_logits(logits, batch.targets)
+            nll = nll_of_logits(scored_logits(runtime.model, batch), batch.targets)
             try:
                 check_finite(nll, batch)
             except EvaluationError as error:

@@ -32,7 +32,7 @@ def fit_compensation(
     down = down.detach().float().cpu()
     bias = torch.zeros(n_levels + 1, d)
     low_rank: dict[int, tuple[Tensor, Tensor]] = {}
-    covariance = None if moment is None or rank == 0 else moment - torch.outer(mean, mean)
+    covariance = None if moment is None or rank == 0 else torch.outer(mean, mean).neg_().add_(moment)
     fitted: dict[int, tuple[Tensor, Tensor, Tensor] | None] = {}
     for level, width in widths.items():
         if not 0 < width < f:
@@ -55,8 +55,8 @@ def _low_rank(
     rest: Tensor, covariance: Tensor, mean: Tensor, width: int, rank: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(U [d, r], V [r, width], U V mean [d]); None where the covariance cannot be factored."""
-    kept = covariance[:width, :width]
-    kept = kept + _RIDGE * kept.diagonal().mean().clamp(min=1e-12) * torch.eye(width)
+    kept = covariance[:width, :width].clone()
+    kept.diagonal().add_(_RIDGE * kept.diagonal().mean().clamp(min=1e-12))
     factor, failed = torch.linalg.cholesky_ex(kept)
     if int(failed) != 0:
         return None

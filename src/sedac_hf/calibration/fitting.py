@@ -86,11 +86,13 @@ def fit(
         points = allocation.points(middle)
         compensation = [compensator(i, {1: point.width}, 2) for i, point in enumerate(points)]
         targets = risk_targets(runtime, text.fit, points, compensation, progress=progress)
-        n_fit = int(len(targets.kl[0]) * (1 - _CHECK_SHARE))
+        n_tokens = len(targets.kl[0])
+        n_fit = int(n_tokens * (1 - _CHECK_SHARE))
         probes, scales, risks, quality = fit_probes(
             targets, runtime.checkpoint_layers, n_fit, rank=probe_rank, seed=seed
         )
         harm = np.stack([np.log(k[n_fit:].numpy() + _HARM_FLOOR * x) for k, x in zip(targets.kl, scales, strict=True)])
+        del targets  # hidden states of every token and checkpoint: not beside the reference's logits
         cut: Cut = "select" if select else "truncate"
         dial = Dial(
             cut=cut,
@@ -108,7 +110,7 @@ def fit(
             shape=fit_shape(risks, harm),
             probe_share=probes.parameters_per_token * len(scales) / float(allocation.parameters.sum()),
         )
-        check = _last_windows(text.fit, len(targets.kl[0]) - n_fit)
+        check = _last_windows(text.fit, n_tokens - n_fit)
         curve = HarmCurve.measure(Reference(runtime, check), dial)
     finally:
         runtime.uninstall()

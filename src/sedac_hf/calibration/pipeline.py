@@ -77,6 +77,12 @@ def calibrate(
     fitted is kept with the runtime as long as text, seed and sizes stay the same, so that a second budget or share
     only searches the dial.
 
+    Held beside the base at the peak: the logits of one batch, dense and cut, where several windows are a batch the cut
+    ones twice (or, while spreads are compared, up to 1 GiB of dense logits and one batch's cut ones); hidden states of
+    ``fit_tokens`` tokens per checkpoint in bfloat16 until the probes are fitted; for "throughput" the second moments
+    and, while compensation is refitted, the hidden states of up to 20,480 tokens for each level in use and for the
+    dense stream. Statistics, so second moments too, stay until the runtime is gone or calibrated on something else.
+
     Args:
         runtime: a runtime, or a decoder (then a runtime is made and kept as long as the model's hooks).
         texts: anything that `sedac_hf.evaluation.read_documents` takes: strings, documents, a path, a dataset.

@@ -119,11 +119,11 @@ class _Run:
                 n += h.shape[0]
                 total += h.sum(0)
                 drift += error.sum(0)
-                moment += h.T @ h
-                cross += h.T @ error
+                moment.addmm_(h.T, h)  # in place: a product of its own would be as large
+                cross.addmm_(h.T, error)
         mean, drift = total / n, drift / n
-        moment = moment / n - torch.outer(mean, mean)
-        cross = cross / n - torch.outer(mean, drift)
+        moment.div_(n).sub_(torch.outer(mean, mean))
+        cross.div_(n).sub_(torch.outer(mean, drift))
         pair = old.low_rank(1, mean)
         bias = old.bias(mean)
         assert pair is not None
@@ -141,9 +141,9 @@ def corrected(
         cross: E[(h - mean) error^T] [width, d]; drift: E[error] [d].
     """
     u, v = (part.float() for part in pair)
-    width = moment.shape[0]
-    ridge = _RIDGE * moment.diagonal().mean().clamp(min=1e-12) * torch.eye(width, device=moment.device)
-    factor = torch.linalg.cholesky(moment + ridge)
+    ridged = moment.clone()
+    ridged.diagonal().add_(_RIDGE * moment.diagonal().mean().clamp(min=1e-12))
+    factor = torch.linalg.cholesky(ridged)
     whitened = torch.linalg.solve_triangular(factor, cross, upper=False).T + u @ (v @ factor)
     left, s, right = torch.linalg.svd(whitened, full_matrices=False)
     r = u.shape[1]

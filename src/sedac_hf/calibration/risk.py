@@ -65,13 +65,20 @@ def risk_targets(
                 wanted = set(range(1, n)) if idx == 0 else set()
                 behind = [p if s >= idx else None for p, s in zip(points, runtime.segments, strict=True)]
                 with runtime.forced(behind, compensation):
-                    cut = scored_logits(runtime.model, batch)
-                kl[idx].append(kl_to(dense, cut, torch.float32).cpu())
+                    kl[idx].append(kl_to(dense, scored_logits(runtime.model, batch), torch.float32).cpu())
+            del dense  # logits are large: none is held while the next are made
             wanted = set()
-    result = RiskTargets([torch.cat(h) for h in hidden], [torch.cat(k) for k in kl])
+    result = RiskTargets([_joined(h) for h in hidden], [torch.cat(k) for k in kl])
     if not all(bool(torch.isfinite(k).all()) for k in result.kl):
         raise CalibrationError("the KL between full and cut output must be finite; got NaN or infinity")
     return result
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor; the parts are given up, so that no more than one checkpoint's states are held twice."""
+    whole = torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 def fit_probes(

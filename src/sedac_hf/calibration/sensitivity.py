@@ -43,8 +43,9 @@ def sensitivities(
         for i in range(n):
             alone = [point if i == j else None for j, point in enumerate(points)]
             with runtime.forced(alone, compensation):
-                cut = scored_logits(runtime.model, batch)
-            totals[i] += float(kl_to(dense, cut, torch.float32).double().sum())
+                harm = kl_to(dense, scored_logits(runtime.model, batch), torch.float32)
+            totals[i] += float(harm.double().sum())
+        del dense  # logits are large: none is held while the next are made
     values = totals / tokens / np.maximum(np.asarray(left_out, dtype=np.float64), 1e-30)
     if not np.isfinite(values).all():
         raise CalibrationError(f"the harm of cutting one FFN must be finite, got {values.tolist()} per FFN")

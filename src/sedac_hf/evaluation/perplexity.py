@@ -114,7 +114,7 @@ def perplexity(
             then left out). A string is a path or the name of a dataset; text itself goes in a list.
         context: tokens per window; by default what the model was made for, at most 2048.
         protocol, stride, join, bos, max_tokens: see `make_windows`.
-        batch_size: windows per forward call; by default what keeps the logits near 256 MiB.
+        batch_size: windows per forward call; by default what keeps the logits near 128 MiB.
         compare_dense: also measure the model at full width, as `result.dense`; by default where it offers that.
 
     Raises:

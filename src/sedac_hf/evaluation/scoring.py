@@ -21,8 +21,8 @@ from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation.processes import gather_in_order, is_main_process, share_of_this_process
 from sedac_hf.evaluation.windows import Window, WindowSet
 
-_SLICE_ELEMENTS = 1 << 22  # logits raised to float32 at a time: 16 MiB, near the caches of a CPU
-_BATCH_LOGITS = 1 << 27  # logits of a batch by default: 256 MiB in half precision
+_SLICE_ELEMENTS = 1 << 20  # logits raised to float32 at a time: 4 MiB, within the caches of a CPU
+_BATCH_LOGITS = 1 << 26  # logits of a batch by default: 128 MiB in half precision
 _BATCH_TOKENS = 4096
 
 
@@ -95,7 +95,7 @@ def batches(windows: Iterable[Window], batch_size: int) -> Iterator[tuple[Window
 
 
 def default_batch_size(model: nn.Module, context: int) -> int:
-    """Windows per batch such that the logits stay near 256 MiB and a CPU's working set stays small."""
+    """Windows per batch such that the logits stay near 128 MiB and a CPU's working set stays small."""
     vocabulary = vocabulary_size(model) or 1 << 17
     return max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary) // context)
 
@@ -122,6 +122,8 @@ def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=batch.input_ids, **kwargs).logits
         scored = batch.scored[:, batch.scored.shape[1] - (logits.shape[1] - 1) :]
+        if len(batch.windows) == 1 and bool(scored.all()):
+            return logits[0, :-1]  # a view: logits are what most of the memory goes to, so no second copy of them
         return logits[:, :-1][scored.to(logits.device)]
 
 
@@ -160,9 +162,11 @@ def kl_to(reference: Tensor, logits: Tensor, dtype: torch.dtype = torch.float64)
     for part in _slices(*logits.shape):
         log_p = torch.log_softmax(reference[part].to(logits.device, dtype), dim=-1)
         log_q = torch.log_softmax(logits[part].to(dtype), dim=-1)
-        p = log_p.exp()
+        terms = log_q.neg_().add_(log_p)  # in place: a slice is several MiB, and every step of it another
+        p = log_p.exp_()
+        terms.mul_(p)
         # a vocabulary entry masked to -inf has p = 0 and adds nothing, where p * (log p - log q) would be NaN
-        out[part] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        out[part] = terms.masked_fill_(~(p > 0), 0.0).sum(-1)
     return out.clamp_(min=0)
 
 
