@@ -109,7 +109,7 @@ class FFNsAlone:
         plan = LevelPlan(levels, *self.controller.plan(levels))
         for i in self.cut_sites:
             points = self.runtime.policy.schedule.points[i]
-            cut = SiteCut(points, plan, None, None, "strips", lambda **_: None, strip_planner())
+            cut = SiteCut(points, plan, None, None, "strips", lambda **_: None, strip_planner=strip_planner())
             cut_ffn(self.x, self.runtime.sites[i].weights(), cut)
 
 
