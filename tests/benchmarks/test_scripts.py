@@ -88,3 +88,19 @@ def test_controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     for label in ("strips of 512 mixed tokens", "strips of 2,048 mixed tokens"):
         assert set(seconds[label]) == {"rust", "plain"}
     assert all(value > 0 for row in seconds.values() for value in row.values())
+
+
+def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import prefill
+
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    decoder = prefill.random_decoder
+    monkeypatch.setattr(prefill, "random_decoder", lambda shape, **changes: decoder(shape, **changes, **sizes))
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["prefill", "--tokens", "24", "--rounds", "1", "--json", str(out)])
+    prefill.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["work"] for row in rows} == {"FFN", "model"}
+    cut = [row for row in rows if row["case"].startswith(("uniform", "mixed"))]
+    assert cut
+    assert all(0 < row["share"] < 1 and row["eta"] is not None for row in cut)

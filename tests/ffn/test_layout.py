@@ -54,6 +54,14 @@ def test_units_become_runs_of_memory_and_values_stay(family, dtype):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+def test_only_devices_whose_kernels_read_single_units_are_laid_out():
+    model = tiny_model("llama")
+    before = placement(model)
+    assert not any(lay_out_by_units(site, ["cuda"]) for site in find_sites(model).sites)
+    assert placement(model) == before
+    assert all(lay_out_by_units(site, ["cuda", "cpu"]) for site in find_sites(model).sites)
+
+
 def test_laying_out_twice_changes_nothing_more():
     model = tiny_model("llama")
     changed = laid_out(model)

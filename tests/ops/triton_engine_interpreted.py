@@ -88,7 +88,8 @@ def test_the_engine_is_the_reference(levels, widths, shares, dtype, gated, bias,
     assert_as_good_as_plain(y, x, weights, cut)
     assert torch.equal(cut_ffn(x, weights, cut), y)
     (call, _) = record.calls
-    assert call["engine"] == ("triton" if cut.chooses else "strips")
+    # Where nobody chooses, the strips' engine runs, which zeroes what few tokens do not use and says so.
+    assert call["engine"] in (["triton"] if cut.chooses else ["strips", "masked"])
     used = torch.arange(F) < torch.tensor([[point.width] for point in cut.token_points])
     used &= worth >= torch.tensor([[point.importance_min] for point in cut.token_points])
     assert (call["tokens"], call["needed"]) == (len(levels), int(used.sum()))

@@ -7,6 +7,8 @@ second copy stays. Restoring it gives the strides that it had.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -15,14 +17,14 @@ from sedac_hf.ffn.linears import is_plain, is_readable, weight_of
 from sedac_hf.ffn.sites import FFNSite
 
 
-def lay_out_by_units(site: FFNSite) -> tuple[nn.Module, ...]:
+def lay_out_by_units(site: FFNSite, device_types: Collection[str] = ("cpu",)) -> tuple[nn.Module, ...]:
     """Give each unit of an FFN one run of memory; returns the linears that were changed, for `lay_out_as_usual`.
 
-    Nothing is changed where a weight can't be read here, is quantised, or is not on the CPU, where single units are
-    read.
+    Nothing is changed where a weight can't be read here, is quantised, or lies on a device of another type than
+    those on which kernels read single units.
     """
     for linear in site.linears:
-        if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type == "cpu"):
+        if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type in device_types):
             return ()
     changed = []
     for linear in site.linears:

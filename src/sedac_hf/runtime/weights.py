@@ -20,7 +20,7 @@ from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import DecodeKernel, dense
 from sedac_hf.ops.rust_cpu import CpuFFN
-from sedac_hf.ops.triton_engine import TritonFFN
+from sedac_hf.ops.triton_engine import TritonFFN, kernel_device
 from sedac_hf.runtime.stats import SiteCost
 
 
@@ -79,11 +79,12 @@ class PreparedWeights:
 
     def lay_out_by_units(self) -> None:
         """Lay the weights out so that single units can be read quickly, where kernels are used."""
-        if not self.uses_kernels or self._by_units is not None:
+        read_by_units = [*(["cpu"] if self.uses_kernels else []), *([kernel_device()] if self._uses_triton else [])]
+        if not read_by_units or self._by_units is not None:
             return
         self._by_units = ()
         for site in self.sites:
-            self._by_units += lay_out_by_units(site)
+            self._by_units += lay_out_by_units(site, read_by_units)
 
     def _lay_out_as_usual(self) -> bool:
         linears, self._by_units = self._by_units, None
