@@ -11,7 +11,9 @@ what is timed is memory. All cells of a case take turns in one run; figures are 
     time/dense   over the same FFN by torch (three products on weights as `nn.Linear` has them)
     bytes        the bound: bytes that the rows need (rows' units united, the shadow included) over those of the FFN
     GB/s         those bytes over the time
-    time/read    over the time of plainly reading as many bytes with the same threads: 1.00 is the floor
+    time/read    over the time of plainly reading as many bytes in one run of memory, with the same threads
+    time/same    over the time of plainly reading the same bytes where they lie: `select` reads the shadow, then a row
+                 here and a row there, which memory gives more slowly than one run (the kernels' cells only)
     n            samples in which nobody else had the cores / samples taken
 
 Cells: `rust` are the compiled kernels (whole; `select`, the share's units by a 4-bit shadow; `truncate`, the first
@@ -38,7 +40,7 @@ from torch.nn import functional
 from sedac_hf.ffn.schedule import align_width
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import ENGINES, FFNWeights, LevelPlan, OperatingPoint, SiteCut
-from sedac_hf.ops.compiled import available, instruction_sets, read_memory
+from sedac_hf.ops.compiled import available, instruction_sets, read_memory, read_rows
 from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ops.rust_cpu import CpuFFN
 
@@ -60,6 +62,7 @@ class Cell:
     bytes_share: float
     run: Callable[[int], Tensor]
     layers_per_sample: int
+    read: Callable[[int], None] | None = None  # plainly what `run` has to read
 
 
 class Case:
@@ -81,10 +84,11 @@ class Case:
         quantised = LowBitMatrix.quantize(gate)
         self.shadow = Shadow(quantised, None, unit_norms(self.layers[0]), functional.silu)
         self.shadow_share = self.shadow.bytes / self.bytes
-        self.kernels, self.selecting = [], []
+        self.kernels, self.selecting, self.shadows = [], [], []
         for usual, by_units in zip(self.layers, self.by_units, strict=True):
             own = Shadow(quantised, None, self.shadow.unit_norm.clone(), functional.silu)
             own.interleave()  # makes memory of its own
+            self.shadows.append(own)
             self.kernels.append(CpuFFN(usual, None, isa=isa))
             self.selecting.append(CpuFFN(by_units, own.tables(), isa=isa))
 
@@ -98,25 +102,51 @@ class Case:
             assert matrix is not None
             read_memory(matrix)
 
+    def read_first(self, width: int, layer: int) -> None:
+        """The first units; down's lie at the start of each of its rows."""
+        w = self.layers[layer]
+        assert w.gate is not None
+        read_memory(w.gate[:width])
+        read_memory(w.up[:width])
+        read_rows([w.down[:, :width]], torch.arange(self.d, dtype=torch.int32))
+
+    def read_units(self, chosen: Tensor, layer: int) -> None:
+        """The shadow and these units."""
+        w, tables = self.by_units[layer], self.shadows[layer].tables()
+        assert w.gate is not None and tables is not None
+        read_memory(tables.codes)
+        read_memory(tables.scales)
+        read_rows([w.gate, w.up, w.down.T], chosen)
+
     def cells(self) -> Iterator[Cell]:
         """Every engine at every share; the whole FFN by the kernels in both layouts."""
         whole = [OperatingPoint(self.f)] * self.n_rows
-        yield self._by_kernel("whole", 1.0, self.kernels, whole)
-        yield self._by_kernel("whole, by units", 1.0, self.selecting, whole)
+        yield self._by_kernel("whole", 1.0, self.kernels, whole, self.read)
+        yield self._by_kernel("whole, by units", 1.0, self.selecting, whole, self.read)
         for share in SHARES[1:]:
             if share > self.shadow_share:
                 point = OperatingPoint(self.f, self._importance(share - self.shadow_share))
-                yield self._by_kernel("select", share, self.selecting, [point] * self.n_rows)
+                chosen = self.used(point).any(dim=0).nonzero().flatten().to(torch.int32)
+                read = partial(self.read_units, chosen)
+                yield self._by_kernel("select", share, self.selecting, [point] * self.n_rows, read)
                 engine = "gather" if self.n_rows == 1 else "masked"
                 yield from self._by_torch(dict.fromkeys([engine, "masked"]), "select", share, point, self.by_units)
             point = OperatingPoint(align_width(share * self.f, self.f))
-            yield self._by_kernel("truncate", share, self.kernels, [point] * self.n_rows)
+            read = partial(self.read_first, point.width)
+            yield self._by_kernel("truncate", share, self.kernels, [point] * self.n_rows, read)
             yield from self._by_torch(["strips"], "truncate", share, point, self.layers)
 
-    def _by_kernel(self, cut: str, share: float, kernels: list[CpuFFN], points: list[OperatingPoint]) -> Cell:
-        read = kernels[0].run(self.x, points)[2]
-        needed = read / self.f + (self.shadow_share if cut == "select" else 0)
-        return Cell("rust", cut, share, needed, lambda i: kernels[i].run(self.x, points)[0], self.n_layers)
+    def _by_kernel(
+        self,
+        cut: str,
+        share: float,
+        kernels: list[CpuFFN],
+        points: list[OperatingPoint],
+        read: Callable[[int], None],
+    ) -> Cell:
+        units = kernels[0].run(self.x, points)[2]
+        needed = units / self.f + (self.shadow_share if cut == "select" else 0)
+        return Cell("rust", cut, share, needed, lambda i: kernels[i].run(self.x, points)[0], self.n_layers, read)
 
     def _by_torch(
         self, engines: Any, cut: str, share: float, point: OperatingPoint, layers: list[FFNWeights]
@@ -193,11 +223,13 @@ def measured(case: Case, seconds: float) -> list[dict[str, Any]]:
     n = case.n_layers
     calls = {"dense": in_turn(case.dense, n, n), "read": in_turn(case.read, n, n)}
     calls |= {str(i): in_turn(cell.run, n, cell.layers_per_sample) for i, cell in enumerate(cells)}
+    calls |= {f"read {i}": in_turn(cell.read, n, n) for i, cell in enumerate(cells) if cell.read is not None}
     samples = take_turns(calls, rounds=ROUNDS, seconds=seconds)
     dense, read = samples["dense"].median / n, samples["read"].median / n
 
     def line(name: str, cut: str, share: float, bytes_share: float, key: str, layers: int) -> dict[str, Any]:
         time = samples[key].median / layers
+        same = samples[f"read {key}"].median / n if f"read {key}" in samples else None
         return {
             "engine": name,
             "cut": cut,
@@ -207,6 +239,7 @@ def measured(case: Case, seconds: float) -> list[dict[str, Any]]:
             "bytes_share": bytes_share,
             "gb_per_s": bytes_share * case.bytes / time / 1e9,
             "time_over_read": time / (bytes_share * read),
+            "time_over_same": None if same is None else time / same,
             "samples": samples[key].to_dict(),
             "n": samples[key].count,
         }
@@ -221,12 +254,13 @@ def measured(case: Case, seconds: float) -> list[dict[str, Any]]:
 def print_table(title: str, lines: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     print(
-        f"  {'engine':8}{'cut':17}{'share':>6}{'us':>9}{'time/dense':>12}{'bytes':>8}{'GB/s':>7}{'time/read':>11}  n"
+        f"  {'engine':8}{'cut':17}{'share':>6}{'us':>9}{'time/dense':>12}{'bytes':>8}{'GB/s':>7}{'time/read':>11}{'time/same':>11}  n"
     )
     for row in lines:
+        same = "-" if row["time_over_same"] is None else f"{row['time_over_same']:.2f}"
         print(
             f"  {row['engine']:8}{row['cut']:17}{row['share']:>6.0%}{row['us']:>9.0f}{row['time_over_dense']:>12.3f}"
-            f"{row['bytes_share']:>8.3f}{row['gb_per_s']:>7.1f}{row['time_over_read']:>11.2f}  {row['n']}",
+            f"{row['bytes_share']:>8.3f}{row['gb_per_s']:>7.1f}{row['time_over_read']:>11.2f}{same:>11}  {row['n']}",
             flush=True,
         )
 

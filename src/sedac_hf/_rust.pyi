@@ -16,6 +16,7 @@ __all__ = [
     "StripPlanner",
     "instruction_sets",
     "read_memory",
+    "read_rows",
     "set_openmp",
 ]
 
@@ -83,6 +84,7 @@ class ParameterBlock:
 def instruction_sets() -> list[str]: ...
 def set_openmp(address: int) -> None: ...
 def read_memory(address: int, bytes: int, threads: int) -> float: ...
+def read_rows(matrices: list[tuple[int, int, int, int]], rows: int, n_rows: int, threads: int) -> float: ...
 
 @final
 class FfnKernel:

@@ -191,6 +191,28 @@ def test_changed_weights_are_noticed(change, cut):
     assert nothing_left(base)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [False, True])
+def test_less_memory_at_the_same_address_is_not_read_beyond_its_end(biases):
+    """Half as many bytes where the weights were: an error of torch's, as without the kernels, not a read of what
+    comes after them."""
+    model, ids = decoding("gpt_neox"), token_ids(1, 3)
+    by_kernels(model, ids)
+    name = "bias" if biases else "weight"
+    linears = [*model.runtime.sites[1].linears, *(linear.module for linear in model.runtime.decode_linears)]
+    for held in [linear for linear in linears if getattr(linear, name) is not None]:
+        parameter = getattr(held, name)
+        kept = parameter.data
+        run = kept if kept.is_contiguous() else kept.t()  # down lies by units
+        less = run.view(torch.bfloat16).flatten()[: run.numel()].view(run.shape)
+        parameter.data = less if kept.is_contiguous() else less.t()
+        assert parameter.data_ptr() == kept.data_ptr()
+        with pytest.raises(RuntimeError):
+            model(ids)
+        parameter.data = kept
+    by_kernels(model, ids)
+
+
 def test_two_threads_decode_with_one_model():
     model = decoding("llama")
     prompts = [token_ids(rows, 4, seed=rows) for rows in (1, 2)]

@@ -2,8 +2,8 @@
 //!
 //! Three steps, each shared out over the team: which units each row needs ([`crate::shadow`]); the hidden values of
 //! those units, from gate's and up's rows, and what they add to the output; the sum of the parts. Units are taken in
-//! fixed blocks, and blocks are summed in order, so that the bits of a row depend neither on the number of threads
-//! nor on the other rows. A unit that several rows need is read once.
+//! fixed blocks, those of a block in a fixed order ([`crate::runs`]), and blocks are summed in order, so that the bits
+//! of a row depend neither on the number of threads nor on the other rows. A unit that several rows need is read once.
 //!
 //! Where a unit's column of down is contiguous, only the columns of units in use are read. Where down is laid out as
 //! `nn.Linear` keeps it, hidden values are gathered first and down is read up to the widest row's width.
@@ -21,6 +21,7 @@ use crate::{
     matrix::Matrix,
     products::{Inputs, STEP},
     rows::{split_outputs, tasks_of, widened, Parts},
+    runs::{Runs, RUNS},
     shadow::{Choose, Int8Row, Shadow},
     site::{Down, Ffn, Need, Point},
     team::Team,
@@ -117,7 +118,8 @@ impl<T: Element> Call<'_, T> {
     fn run<const N: usize>(&self, y: &mut [T], hidden: Option<&mut [f32]>) -> Used {
         let mut space = WORKSPACE.take();
         let widest = self.points.iter().map(|point| point.width.min(self.weights.units())).max().unwrap_or(0);
-        let block = self.weights.units().div_ceil(BLOCKS).next_multiple_of(LANE_UNITS).max(LANE_UNITS);
+        let block =
+            self.weights.units().div_ceil(BLOCKS).next_multiple_of(RUNS * LANE_UNITS).max(RUNS * LANE_UNITS);
         let blocks = widest.div_ceil(block);
         space.chosen.resize_with(space.chosen.len().max(blocks), Vec::new);
         let wide = widened(self.isa, self.x);
@@ -145,18 +147,22 @@ impl<T: Element> Call<'_, T> {
 
     /// Fills one list per block; `wide` are the inputs.
     fn choose(&self, chosen: &mut [Vec<Need>], wide: &[f32], block: usize, widest: usize) {
+        let runs_of =
+            |b: usize| Runs { from: b * block, length: block / RUNS, to: ((b + 1) * block).min(widest) };
         let Some(shadow) = self.shadow.filter(|_| self.points.iter().any(|point| point.importance_min > 0.0))
         else {
             for (b, chosen) in chosen.iter_mut().enumerate() {
                 chosen.clear();
-                let (mut from, to) = (b * block, ((b + 1) * block).min(widest));
-                // As far as the same rows reach: this runs on one thread while the others wait.
-                while from < to {
-                    let reaching = self.points.iter().enumerate().filter(|(_, point)| point.width > from);
-                    let (rows, until) = reaching
-                        .fold((0, to), |(rows, until), (n, point)| (rows | 1 << n, until.min(point.width)));
-                    chosen.extend((from as u32..until as u32).map(|unit| (unit, rows)));
-                    from = until;
+                let runs = runs_of(b);
+                for at in 0..runs.length {
+                    for unit in (0..RUNS).map(|r| runs.unit(at, r)).take_while(|&unit| unit < runs.to) {
+                        // This runs on one thread while the others wait.
+                        let rows = match self.points {
+                            [_] => 1,
+                            points => (0..points.len()).map(|n| u8::from(points[n].width > unit) << n).sum(),
+                        };
+                        chosen.push((unit as u32, rows));
+                    }
                 }
             }
             return;
@@ -170,8 +176,7 @@ impl<T: Element> Call<'_, T> {
                 activation: self.weights.activation,
                 rows: &rows,
                 points: self.points,
-                lo: b * block,
-                hi: ((b + 1) * block).min(widest),
+                runs: runs_of(b),
                 chosen: &mut chosen,
             });
         });

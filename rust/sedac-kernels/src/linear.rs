@@ -86,18 +86,18 @@ impl<T: Element, const N: usize> Kernel for Rows<'_, '_, T, N> {
                 output[i] = T::from_f32(product + bias);
             }
         };
-        let mut i = 0;
-        while i + 4 <= count {
+        // Rows of four runs of memory at once, see `crate::runs`.
+        let quarter = count / 4;
+        for i in 0..quarter {
             let products = four(
                 simd,
                 &inputs,
-                std::array::from_fn(|r| row(i + r)),
-                std::array::from_fn(|r| row(i + 4 + r)),
+                std::array::from_fn(|r| row(i + r * quarter)),
+                std::array::from_fn(|r| row(i + 1 + r * quarter)),
             );
-            products.into_iter().enumerate().for_each(|(r, products)| put(i + r, products));
-            i += 4;
+            products.into_iter().enumerate().for_each(|(r, products)| put(i + r * quarter, products));
         }
-        for i in i..count {
+        for i in 4 * quarter..count {
             let [products] = any(simd, [row(i)], &inputs, []);
             put(i, products);
         }

@@ -6,13 +6,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::{
     arch::{Isa, Kernel, Simd},
+    matrix::Matrix,
     team::Team,
 };
 
 /// Numbers that one task reads.
 const PER_TASK: usize = 1 << 16;
-/// How far ahead, in bytes, the reader asks for memory; the best of 0 to 8192 on an AMD EPYC.
-const AHEAD: usize = 4096;
+/// How far ahead, in bytes, each run is asked for; the best of 1024, 2048 and 4096 on an AMD EPYC (Zen 3).
+const AHEAD: usize = 1024;
+/// Runs of memory that a task reads at once; one run gave 25 GB/s where four gave 34 (Zen 3, two threads).
+const STREAMS: usize = 4;
+/// Tasks that rows are shared out as.
+const TASKS_OF_ROWS: usize = 32;
 
 /// The sum of `data`, as fast as the team can read it.
 pub fn read(isa: Isa, team: &dyn Team, data: &[f32]) -> f32 {
@@ -27,6 +32,58 @@ pub fn read(isa: Isa, team: &dyn Team, data: &[f32]) -> f32 {
     f32::from_bits(total.into_inner())
 }
 
+/// The sum of some rows of matrices, row by row in all of them, as fast as the team can read rows that lie apart.
+///
+/// # Panics
+///
+/// If a matrix has no such row.
+pub fn read_rows(isa: Isa, team: &dyn Team, matrices: &[Matrix<'_, f32>], rows: &[u32]) -> f32 {
+    let per_task = rows.len().div_ceil(TASKS_OF_ROWS).max(1);
+    let total = AtomicU32::new(0);
+    team.run(rows.len().div_ceil(per_task), &|task| {
+        let (from, to) = (task * per_task, rows.len().min((task + 1) * per_task));
+        total.store(isa.run(SumRows { matrices, rows: &rows[from..to] }).to_bits(), Ordering::Relaxed);
+    });
+    f32::from_bits(total.into_inner())
+}
+
+struct SumRows<'a> {
+    matrices: &'a [Matrix<'a, f32>],
+    rows: &'a [u32],
+}
+
+impl Kernel for SumRows<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        let ones = simd.splat(1.0);
+        let mut sums = [simd.splat(0.0); 2];
+        let mut rest = 0.0;
+        for (i, &row) in self.rows.iter().enumerate() {
+            let next = *self.rows.get(i + 1).unwrap_or(&row) as usize;
+            for matrix in self.matrices {
+                // The next row of the same matrix: what is in between takes longer than memory to answer.
+                let (row, next) = (matrix.row(row as usize), matrix.row(next));
+                let step = 2 * S::LANES;
+                let whole = row.len() / step * step;
+                let mut at = 0;
+                while at < whole {
+                    simd.prefetch(next, at);
+                    // SAFETY: at + step <= whole <= the row's length.
+                    unsafe {
+                        sums[0] = simd.mul_add(simd.load(row, at), ones, sums[0]);
+                        sums[1] = simd.mul_add(simd.load(row, at + S::LANES), ones, sums[1]);
+                    }
+                    at += step;
+                }
+                rest += row[whole..].iter().sum::<f32>();
+            }
+        }
+        simd.sum(sums[0], sums[1]) + rest
+    }
+}
+
 struct Sum<'a>(&'a [f32]);
 
 impl Kernel for Sum<'_> {
@@ -34,23 +91,26 @@ impl Kernel for Sum<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> f32 {
-        const VECTORS: usize = 8;
         let data = self.0;
         let ones = simd.splat(1.0);
-        let mut sums = [simd.splat(0.0); VECTORS];
-        let step = VECTORS * S::LANES;
+        let step = 2 * S::LANES;
+        // Several runs at once: memory serves them faster than one.
+        let length = data.len() / STREAMS / step * step;
+        let runs: [&[f32]; STREAMS] = std::array::from_fn(|i| &data[i * length..][..length]);
+        let mut sums = [[simd.splat(0.0); 2]; STREAMS];
         let mut at = 0;
-        while at + step <= data.len() {
-            for line in (0..step).step_by(16) {
-                simd.prefetch(data, at + line + AHEAD / 4);
-            }
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: at + step <= the length.
-                *sum = simd.mul_add(unsafe { simd.load(data, at + i * S::LANES) }, ones, *sum);
+        while at < length {
+            for (run, sums) in runs.iter().zip(&mut sums) {
+                simd.prefetch(run, at + AHEAD / 4);
+                // SAFETY: at + step <= length, which is the run's.
+                unsafe {
+                    sums[0] = simd.mul_add(simd.load(run, at), ones, sums[0]);
+                    sums[1] = simd.mul_add(simd.load(run, at + S::LANES), ones, sums[1]);
+                }
             }
             at += step;
         }
-        let rest: f32 = data[at..].iter().sum();
-        sums.iter().fold(rest, |total, &sum| total + simd.sum(sum, simd.splat(0.0)))
+        let rest: f32 = data[STREAMS * length..].iter().sum();
+        sums.iter().fold(rest, |total, sums| total + simd.sum(sums[0], sums[1]))
     }
 }

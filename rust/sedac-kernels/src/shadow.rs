@@ -14,7 +14,8 @@ use half::bf16;
 
 use crate::{
     activation::{Activation, ROUNDER},
-    arch::{Block, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS},
+    arch::{Blocks, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS},
+    runs::{Runs, RUNS},
     site::{Need, Point},
     Error,
 };
@@ -95,14 +96,13 @@ impl Int8Row {
     }
 }
 
-/// Which of the units `lo..hi` each row needs, in ascending order; `lo` is a multiple of [`LANE_UNITS`].
+/// Which of the units `from..to` each row needs, in the order that [`crate::runs`] says.
 pub(crate) struct Choose<'a> {
     pub(crate) shadow: Shadow<'a>,
     pub(crate) activation: Activation,
     pub(crate) rows: &'a [Int8Row],
     pub(crate) points: &'a [Point],
-    pub(crate) lo: usize,
-    pub(crate) hi: usize,
+    pub(crate) runs: Runs,
     /// Receives the units that some row needs, and for each a bit per row that does.
     pub(crate) chosen: &'a mut Vec<Need>,
 }
@@ -112,67 +112,73 @@ impl Kernel for Choose<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { shadow, activation, rows, points, lo, hi, chosen } = self;
+        let Self { shadow, activation, rows, points, runs, chosen } = self;
         chosen.clear();
-        for block in lo / LANE_UNITS..hi.div_ceil(LANE_UNITS) {
-            let first = block * LANE_UNITS;
-            let mut needs = [0u8; LANE_UNITS];
+        for at in (0..runs.length).step_by(LANE_UNITS) {
+            let mut needs = [[0u8; LANE_UNITS]; RUNS];
             for (n, (row, point)) in rows.iter().zip(points).enumerate() {
-                let here = point.width.min(hi).saturating_sub(first).min(LANE_UNITS);
-                if here == 0 {
-                    continue;
+                let mut importance = [[f32::INFINITY; LANE_UNITS]; RUNS];
+                if point.importance_min > 0.0 {
+                    let mut firsts = [0; RUNS];
+                    for r in 0..RUNS {
+                        firsts[r] = runs.unit(at, r);
+                    }
+                    importance = importances(simd, &shadow, activation, row, firsts);
                 }
-                let importance = if point.importance_min > 0.0 {
-                    block_importance(simd, &shadow, activation, row, block)
-                } else {
-                    [f32::INFINITY; LANE_UNITS]
-                };
-                for (need, importance) in needs[..here].iter_mut().zip(importance) {
-                    // A NaN keeps its unit: a row that is broken must not look healthy because it was cut.
-                    let unneeded = importance < point.importance_min;
-                    *need |= u8::from(!unneeded) << n;
+                for r in 0..RUNS {
+                    let here = point.width.min(runs.to).saturating_sub(runs.unit(at, r)).min(LANE_UNITS);
+                    for (need, importance) in needs[r][..here].iter_mut().zip(importance[r]) {
+                        // A NaN keeps its unit: a row that is broken must not look healthy because it was cut.
+                        let unneeded = importance < point.importance_min;
+                        *need |= u8::from(!unneeded) << n;
+                    }
                 }
             }
-            for (i, &need) in needs.iter().enumerate() {
-                if need != 0 {
-                    chosen.push(((first + i) as u32, need));
+            for i in 0..LANE_UNITS {
+                for r in 0..RUNS {
+                    if needs[r][i] != 0 {
+                        chosen.push((runs.unit(at + i, r) as u32, needs[r][i]));
+                    }
                 }
             }
         }
     }
 }
 
+/// Importance of the [`LANE_UNITS`] units from each of `firsts` on; where there are none, anything.
 #[inline(always)]
-fn block_importance<S: Simd>(
+fn importances<S: Simd>(
     simd: S,
     shadow: &Shadow<'_>,
     activation: Activation,
     row: &Int8Row,
-    block: usize,
-) -> [f32; LANE_UNITS] {
+    firsts: [usize; RUNS],
+) -> [[f32; LANE_UNITS]; RUNS] {
     let groups = shadow.hidden_size.div_ceil(GROUP);
     let (codes, _) = shadow.codes.as_chunks();
     let (scales, _) = shadow.scales.as_chunks();
-    let of_block = block * groups..(block + 1) * groups;
-    let mut z = simd.block_products(&Block {
-        codes: &codes[of_block.clone()],
-        scales: &scales[of_block],
+    let last = shadow.units().div_ceil(LANE_UNITS).saturating_sub(1);
+    let blocks = firsts.map(|first| (first / LANE_UNITS).min(last));
+    let mut z = simd.block_products(&Blocks {
+        codes: blocks.map(|block| &codes[block * groups..(block + 1) * groups]),
+        scales: blocks.map(|block| &scales[block * groups..(block + 1) * groups]),
         x: &row.codes,
         corrections: &row.corrections,
     });
-    for value in &mut z {
-        *value *= row.scale;
-    }
-    let first = block * LANE_UNITS;
-    let here = shadow.units().saturating_sub(first).min(LANE_UNITS);
-    if let Some(bias) = shadow.bias {
-        for (value, bias) in z.iter_mut().zip(&bias[first..first + here]) {
-            *value += bias;
+    for (z, first) in z.iter_mut().zip(firsts) {
+        let here = shadow.units().saturating_sub(first).min(LANE_UNITS);
+        for value in z.iter_mut() {
+            *value *= row.scale;
         }
-    }
-    activation.apply(&mut z);
-    for (value, norm) in z.iter_mut().zip(&shadow.unit_norm[first..first + here]) {
-        *value = value.abs() * norm;
+        if let Some(bias) = shadow.bias {
+            for (value, bias) in z[..here].iter_mut().zip(bias.get(first..).unwrap_or_default()) {
+                *value += bias;
+            }
+        }
+        activation.apply(z);
+        for (value, norm) in z[..here].iter_mut().zip(shadow.unit_norm.get(first..).unwrap_or_default()) {
+            *value = value.abs() * norm;
+        }
     }
     z
 }

@@ -50,6 +50,25 @@ pub(crate) fn read_memory(py: Python<'_>, address: usize, bytes: usize, threads:
     })
 }
 
+/// Reads rows of matrices of `f32` numbers and nothing else; `rows` is the address of so many `u32` numbers. For
+/// benchmarks.
+#[pyfunction]
+pub(crate) fn read_rows(
+    py: Python<'_>,
+    matrices: Vec<Placed>,
+    rows: usize,
+    n_rows: usize,
+    threads: usize,
+) -> PyResult<f32> {
+    // SAFETY: the module's promise; any bytes are `f32` numbers.
+    let (matrices, rows) = unsafe {
+        let matrices: Result<Vec<_>, _> = matrices.into_iter().map(|placed| matrix::<f32>(placed)).collect();
+        (matrices.map_err(to_py)?, slice(rows, n_rows))
+    };
+    Ok(py
+        .detach(|| with_team(threads, |team| sedac_kernels::read_rows(Isa::detect(), team, &matrices, rows))))
+}
+
 pub(crate) fn isa(name: Option<&str>) -> PyResult<Isa> {
     let Some(name) = name else { return Ok(Isa::detect()) };
     Isa::available().into_iter().find(|isa| isa.name() == name).ok_or_else(|| {

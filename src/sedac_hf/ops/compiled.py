@@ -6,6 +6,8 @@ Kernels are given addresses, so whoever makes one has to be sure of what lies th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,40 @@ def read_memory(tensor: Tensor) -> None:
             f"{tensor.device} with strides {tensor.stride()} at {tensor.data_ptr():#x}"
         )
     module.read_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4 * 4, kernel_threads())
+
+
+def read_rows(matrices: Sequence[Tensor], rows: Tensor) -> None:
+    """Read some rows of matrices on the kernels' threads, and nothing else; as `read_memory`, for what lies apart.
+
+    Args:
+        matrices: on the CPU, each row one run of memory whose bytes are a multiple of four.
+        rows: int32 [n], contiguous, indices into each of the matrices.
+
+    Raises:
+        ValueError: the arguments do not fit, or there is no compiled module.
+    """
+    if module is None:
+        raise ValueError("reading memory takes the compiled module sedac_hf._rust, which is not installed")
+    words = [_in_words(matrix) for matrix in matrices]
+    if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_contiguous():
+        raise ValueError(f"`rows` must be contiguous int32 [n], got {rows.dtype} with strides {rows.stride()}")
+    least = min((matrix.shape[0] for matrix in matrices), default=0)
+    if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < least):
+        raise ValueError(f"`rows` must be rows of all matrices, 0 to {least - 1}, got {rows.min()} to {rows.max()}")
+    module.read_rows(words, rows.data_ptr(), rows.numel(), kernel_threads())
+
+
+def _in_words(matrix: Tensor) -> tuple[int, int, int, int]:
+    """`placed`, in words of four bytes."""
+    if matrix.device.type == "cpu" and matrix.dim() == 2 and rows_are_runs(matrix):
+        address, rows, columns, stride = placed(matrix)
+        columns, stride = columns * matrix.element_size(), stride * matrix.element_size()
+        if not (address % 4 or columns % 4 or stride % 4):
+            return address, rows, columns // 4, stride // 4
+    raise ValueError(
+        "reading rows takes CPU matrices whose rows are runs of 32-bit words, got "
+        f"{list(matrix.shape)} in {matrix.dtype} on {matrix.device} with strides {matrix.stride()}"
+    )
 
 
 def check_input(x: Tensor, size: int, dtype: torch.dtype) -> None:

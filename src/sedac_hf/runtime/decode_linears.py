@@ -20,7 +20,8 @@ from sedac_hf.runtime.forward_pass import current_pass
 
 _LEAST_NUMBERS = 1 << 15  # of a weight: smaller maps are over before a call has begun
 
-_NO_KERNEL = (0, 0, None)
+_Place = tuple[int, int, int, int]  # addresses and bytes of weight and bias: a kernel reads that memory and no other
+_NO_KERNEL: tuple[_Place, CpuLinear | None] = ((0, 0, 0, 0), None)
 
 Shape = tuple[int, int, torch.dtype]
 Usable = Callable[[Shape, int, int], bool]
@@ -41,7 +42,7 @@ class DecodeLinear:
         weight = weight_of(module)
         self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
         self._most = self.shape[1] * MAX_ROWS
-        self._kernel: tuple[int, int, CpuLinear | None] = _NO_KERNEL
+        self._kernel = _NO_KERNEL
 
     def forward(self, input: Tensor) -> Any:
         # Named as nn.Linear names it. A decode step calls this about a hundred times, each time with caches that the
@@ -61,14 +62,17 @@ class DecodeLinear:
         weight, bias = held.get("weight"), held.get("bias")
         if weight is None:  # pruned or parametrised since: a function of other parameters
             return None
-        address, bias_address = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        known_address, known_bias, kernel = self._kernel
-        if known_address != address or known_bias != bias_address:
+        if bias is None:
+            place = weight.data_ptr(), weight.nbytes, 0, 0
+        else:
+            place = weight.data_ptr(), weight.nbytes, bias.data_ptr(), bias.nbytes
+        known, kernel = self._kernel
+        if known != place:
             outputs, inputs, _ = self.shape
             fits = weight.shape == (outputs, inputs) and CpuLinear.fits(weight, bias)
             kernel = CpuLinear(weight, bias) if fits else None
             self.shape = (outputs, inputs, weight.dtype)
-            self._kernel = (address, bias_address, kernel)
+            self._kernel = (place, kernel)
         if kernel is None or not kernel.accepts(x):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

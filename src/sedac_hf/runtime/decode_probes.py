@@ -11,7 +11,7 @@ from torch import Tensor
 from sedac_hf.ops.rust_probe import CpuProbe
 from sedac_hf.probes import ProbeBank, RiskProbe
 
-_Known = tuple[RiskProbe, torch.dtype, tuple[int, ...], CpuProbe | None]
+_Known = tuple[RiskProbe, torch.dtype, tuple[tuple[int, int], ...], CpuProbe | None]
 
 
 class DecodeProbes:
@@ -30,11 +30,11 @@ class DecodeProbes:
         parameters = [held[name] for held in (norm, down, out) for name in ("weight", "bias")]
         if any(parameter is None for parameter in parameters):
             return None
-        addresses = tuple([parameter.data_ptr() for parameter in parameters])  # type: ignore[union-attr]
-        if known is None or known[0] is not probe or known[1] is not hidden.dtype or known[2] != addresses:
+        places = tuple([(parameter.data_ptr(), parameter.nbytes) for parameter in parameters])  # type: ignore[union-attr]
+        if known is None or known[0] is not probe or known[1] is not hidden.dtype or known[2] != places:
             kernel = None
             if CpuProbe.fits(parameters, hidden.dtype):  # type: ignore[arg-type]
                 kernel = CpuProbe(parameters, probe.norm.eps, hidden.dtype)  # type: ignore[arg-type]
-            known = self._known[layer_idx] = (probe, hidden.dtype, addresses, kernel)
+            known = self._known[layer_idx] = (probe, hidden.dtype, places, kernel)
         kernel = known[3]
         return kernel.run_accepted(hidden) if kernel is not None and kernel.accepts(hidden) else None

@@ -23,6 +23,9 @@ from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.triton_engine import TritonFFN, kernel_device
 from sedac_hf.runtime.stats import SiteCost
 
+# A module's parameters, the name of one, and its address and bytes: what a kernel reads.
+_Place = tuple[dict[str, Any], str, int, int]
+
 
 class PreparedWeights:
     """Channel order, layout, shadows and kernels of a decoder's FFNs; `restore` gives every bit back.
@@ -46,7 +49,7 @@ class PreparedWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": self._no_kernels()}  # a kernel is made of addresses
 
-    def _no_kernels(self) -> list[tuple[list[tuple[dict[str, Any], str, int]], DecodeKernel | None] | None]:
+    def _no_kernels(self) -> list[tuple[list[_Place], DecodeKernel | None] | None]:
         return [None] * len(self.sites)
 
     @property
@@ -142,16 +145,19 @@ class PreparedWeights:
             return None
         known = self._kernels[site]
         if known is not None:
-            for held, name, address in known[0]:
+            for held, name, address, size in known[0]:
                 tensor = held.get(name)
-                if address != (0 if tensor is None else tensor.data_ptr()):
+                if tensor is None:
+                    if address:
+                        break
+                elif address != tensor.data_ptr() or size != tensor.nbytes:
                     break
             else:
                 return known[1]
         held_by: list[dict[str, Any]] = [linear._parameters for linear in self.sites[site].linears]
-        addresses = [(held, name, _address(held, name)) for held in held_by for name in ("weight", "bias")]
+        places = [(held, name, *_memory(held.get(name))) for held in held_by for name in ("weight", "bias")]
         kernel = self._make_kernel(site)
-        self._kernels[site] = (addresses, kernel)
+        self._kernels[site] = (places, kernel)
         return kernel
 
     def _make_kernel(self, i: int) -> DecodeKernel | None:
@@ -188,10 +194,9 @@ def decider(site: FFNSite, bits: int) -> Shadow | ExactGate:
         return ExactGate(site)
 
 
-def _address(held: dict[str, Any], name: str) -> int:
-    """Where a module's parameter lies now; 0 where it has none of that name."""
-    tensor = held.get(name)
-    return 0 if tensor is None else tensor.data_ptr()
+def _memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and bytes."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
 def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:

@@ -57,16 +57,16 @@ pub(crate) trait Simd: Copy {
         None
     }
 
-    /// `sum over g of scale[g][u] * (corrections[g] + sum over i of code[g][u][i] * x[g][i])` for the 16 units of a
-    /// block, codes 0..=15; see [`crate::shadow`] for the layout.
-    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS];
+    /// `sum over g of scale[g][u] * (corrections[g] + sum over i of code[g][u][i] * x[g][i])` for the 16 units of each
+    /// of `R` blocks, codes 0..=15; see [`crate::shadow`] for the layout.
+    fn block_products<const R: usize>(self, blocks: &Blocks<'_, R>) -> [[f32; LANE_UNITS]; R];
 }
 
-/// One block of a shadow, and the activations that it meets; all slices have one entry per group.
+/// Blocks of a shadow, and the activations that they meet; all slices have one entry per group.
 #[derive(Clone, Copy)]
-pub(crate) struct Block<'a> {
-    pub(crate) codes: &'a [[u8; GROUP_BYTES]],
-    pub(crate) scales: &'a [[bf16; LANE_UNITS]],
+pub(crate) struct Blocks<'a, const R: usize> {
+    pub(crate) codes: [&'a [[u8; GROUP_BYTES]]; R],
+    pub(crate) scales: [&'a [[bf16; LANE_UNITS]]; R],
     pub(crate) x: &'a [[i8; GROUP]],
     pub(crate) corrections: &'a [i32],
 }

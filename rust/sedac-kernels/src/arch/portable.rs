@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 
-use super::{Block, Simd, GROUP, LANE_UNITS};
+use super::{Blocks, Simd, GROUP, LANE_UNITS};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
@@ -70,22 +70,24 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
-        let mut products = [0.0; LANE_UNITS];
-        let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
-        for (((codes, scales), x), &correction) in groups {
-            let mut sums = [correction; LANE_UNITS];
-            for (quad, codes) in codes.chunks_exact(4 * LANE_UNITS).enumerate() {
-                for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(4)) {
-                    for (i, &code) in codes.iter().enumerate() {
-                        let (low, high) =
-                            (i32::from(x[4 * quad + i]), i32::from(x[GROUP / 2 + 4 * quad + i]));
-                        *sum += i32::from(code & 15) * low + i32::from(code >> 4) * high;
+    fn block_products<const R: usize>(self, blocks: &Blocks<'_, R>) -> [[f32; LANE_UNITS]; R] {
+        let mut products = [[0.0; LANE_UNITS]; R];
+        for ((codes, scales), products) in blocks.codes.into_iter().zip(blocks.scales).zip(&mut products) {
+            let groups = codes.iter().zip(scales).zip(blocks.x).zip(blocks.corrections);
+            for (((codes, scales), x), &correction) in groups {
+                let mut sums = [correction; LANE_UNITS];
+                for (quad, codes) in codes.chunks_exact(4 * LANE_UNITS).enumerate() {
+                    for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(4)) {
+                        for (i, &code) in codes.iter().enumerate() {
+                            let (low, high) =
+                                (i32::from(x[4 * quad + i]), i32::from(x[GROUP / 2 + 4 * quad + i]));
+                            *sum += i32::from(code & 15) * low + i32::from(code >> 4) * high;
+                        }
                     }
                 }
-            }
-            for ((product, sum), scale) in products.iter_mut().zip(sums).zip(scales) {
-                *product += sum as f32 * scale.to_f32();
+                for ((product, sum), scale) in products.iter_mut().zip(sums).zip(scales) {
+                    *product += sum as f32 * scale.to_f32();
+                }
             }
         }
         products

@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Block, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS};
+use super::{Blocks, Kernel, Simd, GROUP, GROUP_BYTES, LANE_UNITS};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
@@ -143,37 +143,43 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
-        let mut products = [0.0; LANE_UNITS];
-        let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+    fn block_products<const R: usize>(self, blocks: &Blocks<'_, R>) -> [[f32; LANE_UNITS]; R] {
+        let mut products = [[0.0; LANE_UNITS]; R];
         // SAFETY: `self` proves the instructions; codes are read through slices of 32 bytes, the 16 scales and products
         // in two halves of 8.
         unsafe {
             let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-            let mut z = [_mm256_setzero_ps(); 2];
-            for (((codes, scales), x), &correction) in groups {
-                let mut sums = [_mm256_set1_epi32(correction); 2];
+            let mut z = [[_mm256_setzero_ps(); 2]; R];
+            for (g, (x, &correction)) in blocks.x.iter().zip(blocks.corrections).enumerate() {
+                let mut sums = [[_mm256_set1_epi32(correction); 2]; R];
                 for quad in 0..GROUP / 8 {
                     let low = _mm256_set1_epi32(four(x, quad));
                     let high = _mm256_set1_epi32(four(x, GROUP / 8 + quad));
-                    for (half, sum) in sums.iter_mut().enumerate() {
-                        let at = quad * 4 * LANE_UNITS + half * 32;
-                        let bytes = _mm256_loadu_si256(codes[at..at + 32].as_ptr().cast());
-                        prefetch_line(codes, at + block.codes.len() * GROUP_BYTES);
-                        // Codes are at most 15, so that two products fit 16 bits.
-                        let a = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibble), low);
-                        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
-                        let b = _mm256_maddubs_epi16(upper, high);
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+                    for (codes, sums) in blocks.codes.iter().zip(&mut sums) {
+                        let of_group = &codes[g];
+                        prefetch_line(of_group, quad * 4 * LANE_UNITS + codes.len() * GROUP_BYTES);
+                        for (half, sum) in sums.iter_mut().enumerate() {
+                            let at = quad * 4 * LANE_UNITS + half * 32;
+                            let bytes = _mm256_loadu_si256(of_group[at..at + 32].as_ptr().cast());
+                            // Codes are at most 15, so that two products fit 16 bits.
+                            let a = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibble), low);
+                            let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
+                            let b = _mm256_maddubs_epi16(upper, high);
+                            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+                        }
                     }
                 }
-                for half in 0..2 {
-                    let scales = self.load_bf16(scales, 8 * half);
-                    z[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scales, z[half]);
+                for ((z, sums), scales) in z.iter_mut().zip(sums).zip(blocks.scales) {
+                    for half in 0..2 {
+                        let scales = self.load_bf16(&scales[g], 8 * half);
+                        z[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scales, z[half]);
+                    }
                 }
             }
-            for half in 0..2 {
-                self.store(z[half], &mut products, 8 * half);
+            for (products, z) in products.iter_mut().zip(z) {
+                for half in 0..2 {
+                    self.store(z[half], products, 8 * half);
+                }
             }
         }
         products
@@ -299,29 +305,36 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn block_products(self, block: &Block<'_>) -> [f32; LANE_UNITS] {
-        let mut products = [0.0; LANE_UNITS];
-        let groups = block.codes.iter().zip(block.scales).zip(block.x).zip(block.corrections);
+    fn block_products<const R: usize>(self, blocks: &Blocks<'_, R>) -> [[f32; LANE_UNITS]; R] {
+        let mut products = [[0.0; LANE_UNITS]; R];
         // SAFETY: `self` proves the instructions; codes are read through slices of 64 bytes, and there are 16 scales and
         // products.
         unsafe {
             let nibble = _mm512_set1_epi8(15);
-            let mut z = _mm512_setzero_ps();
-            for (((codes, scales), x), &correction) in groups {
-                let (mut a, mut b) = (_mm512_set1_epi32(correction), _mm512_setzero_si512());
+            let mut z = [_mm512_setzero_ps(); R];
+            for (g, (x, &correction)) in blocks.x.iter().zip(blocks.corrections).enumerate() {
+                let (mut a, mut b) = ([_mm512_set1_epi32(correction); R], [_mm512_setzero_si512(); R]);
                 for quad in 0..GROUP / 8 {
-                    let bytes = _mm512_loadu_si512(codes[64 * quad..64 * quad + 64].as_ptr().cast());
-                    // The next block's: the hardware's own prefetching reaches less far.
-                    prefetch_line(codes, 64 * quad + block.codes.len() * GROUP_BYTES);
-                    let (low, high) = (four(x, quad), four(x, GROUP / 8 + quad));
-                    a = _mm512_dpbusd_epi32(a, _mm512_and_si512(bytes, nibble), _mm512_set1_epi32(low));
-                    let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
-                    b = _mm512_dpbusd_epi32(b, upper, _mm512_set1_epi32(high));
+                    let low = _mm512_set1_epi32(four(x, quad));
+                    let high = _mm512_set1_epi32(four(x, GROUP / 8 + quad));
+                    for (r, codes) in blocks.codes.iter().enumerate() {
+                        let of_group = &codes[g];
+                        let bytes = _mm512_loadu_si512(of_group[64 * quad..64 * quad + 64].as_ptr().cast());
+                        // The next block's: the hardware's own prefetching reaches less far.
+                        prefetch_line(of_group, 64 * quad + codes.len() * GROUP_BYTES);
+                        a[r] = _mm512_dpbusd_epi32(a[r], _mm512_and_si512(bytes, nibble), low);
+                        let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
+                        b[r] = _mm512_dpbusd_epi32(b[r], upper, high);
+                    }
                 }
-                let sums = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
-                z = _mm512_fmadd_ps(sums, self.load_bf16(scales, 0), z);
+                for (r, scales) in blocks.scales.iter().enumerate() {
+                    let sums = _mm512_cvtepi32_ps(_mm512_add_epi32(a[r], b[r]));
+                    z[r] = _mm512_fmadd_ps(sums, self.load_bf16(&scales[g], 0), z[r]);
+                }
             }
-            self.store(z, &mut products, 0);
+            for (products, z) in products.iter_mut().zip(z) {
+                self.store(z, products, 0);
+            }
         }
         products
     }

@@ -1,8 +1,8 @@
 //! The linear map: what it computes, and on what its bits do not depend.
 
 use half::{bf16, f16};
-use proptest::prelude::*;
-use sedac_kernels::{linear, read, Isa, Serial, Team};
+use proptest::{collection::vec, prelude::*};
+use sedac_kernels::{linear, read, read_rows, Isa, Matrix, Serial, Team};
 
 use crate::{
     numbers::{Float, Random, Strided},
@@ -88,6 +88,25 @@ proptest! {
         let total = sum(data.iter().map(|&value| f64::from(value)));
         for isa in Isa::available() {
             prop_assert!(is_right(f64::from(read(isa, &Serial, &data)), total), "{}", isa.name());
+        }
+    }
+
+    #[test]
+    fn reading_rows_reads_those_rows_and_no_other(
+        (length, gap) in (0_usize..200, 0_usize..3),
+        rows in vec(0_u32..9, 0..20),
+        seed in any::<u64>(),
+    ) {
+        let stride = length + gap;
+        let first: Vec<f32> = Random(seed).values(9 * stride, 1.0);
+        let second: Vec<f32> = Random(seed ^ 1).values(9 * stride, 1.0);
+        let matrices = [&first, &second].map(|data| Matrix::new(data, 9, length, stride).expect("it fits"));
+        let values = rows.iter().flat_map(|&row| matrices.iter().flat_map(move |matrix| matrix.row(row as usize)));
+        let total = sum(values.map(|&value| f64::from(value)));
+        for isa in Isa::available() {
+            // Of several tasks the sum of one is returned; a row is one task.
+            let sums = rows.iter().map(|&row| f64::from(read_rows(isa, &Serial, &matrices, &[row])));
+            prop_assert!(is_right(sums.sum(), total), "{}", isa.name());
         }
     }
 }
