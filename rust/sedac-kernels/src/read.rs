@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::{
     arch::{Isa, Kernel, Simd},
     matrix::Matrix,
+    runs::RUNS,
     team::Team,
 };
 
@@ -57,31 +58,48 @@ impl Kernel for SumRows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> f32 {
-        let ones = simd.splat(1.0);
-        let mut sums = [simd.splat(0.0); 2];
-        let mut rest = 0.0;
-        for (i, &row) in self.rows.iter().enumerate() {
-            let next = *self.rows.get(i + 1).unwrap_or(&row) as usize;
+        let each = self.rows.len() / RUNS;
+        let mut total = 0.0;
+        for i in 0..each {
             for matrix in self.matrices {
-                // The next row of the same matrix: what is in between takes longer than memory to answer.
-                let (row, next) = (matrix.row(row as usize), matrix.row(next));
-                let step = 2 * S::LANES;
-                let whole = row.len() / step * step;
-                let mut at = 0;
-                while at < whole {
-                    simd.prefetch(next, at);
-                    // SAFETY: at + step <= whole <= the row's length.
-                    unsafe {
-                        sums[0] = simd.mul_add(simd.load(row, at), ones, sums[0]);
-                        sums[1] = simd.mul_add(simd.load(row, at + S::LANES), ones, sums[1]);
-                    }
-                    at += step;
-                }
-                rest += row[whole..].iter().sum::<f32>();
+                // The next rows of the same matrix: what is in between takes longer than memory to answer.
+                let row = |i: usize, r: usize| matrix.row(self.rows[r * each + i.min(each - 1)] as usize);
+                let rows: [&[f32]; RUNS] = std::array::from_fn(|r| row(i, r));
+                total += sum_of(simd, rows, std::array::from_fn(|r| row(i + 1, r)));
             }
         }
-        simd.sum(sums[0], sums[1]) + rest
+        for &row in &self.rows[RUNS * each..] {
+            for matrix in self.matrices {
+                let row = matrix.row(row as usize);
+                total += sum_of(simd, [row], [row]);
+            }
+        }
+        total
     }
+}
+
+/// The sum of rows of one length; `next` are asked for meanwhile.
+#[inline(always)]
+fn sum_of<S: Simd, const R: usize>(simd: S, rows: [&[f32]; R], next: [&[f32]; R]) -> f32 {
+    let (ones, zero) = (simd.splat(1.0), simd.splat(0.0));
+    let (mut sums, step) = ([[zero; 2]; R], 2 * S::LANES);
+    let length = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == length));
+    let whole = length / step * step;
+    let mut at = 0;
+    while at < whole {
+        for r in 0..R {
+            simd.prefetch(next[r], at);
+            // SAFETY: at + step <= whole <= the row's length.
+            unsafe {
+                sums[r][0] = simd.mul_add(simd.load(rows[r], at), ones, sums[r][0]);
+                sums[r][1] = simd.mul_add(simd.load(rows[r], at + S::LANES), ones, sums[r][1]);
+            }
+        }
+        at += step;
+    }
+    let rest: f32 = rows.iter().flat_map(|row| &row[whole..]).sum();
+    sums.iter().fold(rest, |total, sums| total + simd.sum(sums[0], sums[1]))
 }
 
 struct Sum<'a>(&'a [f32]);
