@@ -19,9 +19,9 @@ MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 FFN_STD = 0.16  # at the usual 0.02 logits hardly depend on the FFNs and no cut would show
 
-_FFN_PART = re.compile(
-    r"\b(mlps?|mlp_block|ffns?|ff|fc\d|feed_forward|intermediate|output|experts|shared_\w+|block_sparse_moe)\b"
-    r"|mixer\.(up|down)_proj"
+_FFN_PART = re.compile(  # in a numbered layer
+    r"\.\d+\.(.*\.)?(mlps?|mlp_block|ffns?|ff|fc\d|lin\d|feed_forward|intermediate|output|experts|shared_\w+"
+    r"|block_sparse_moe|mixer\.(up|down)_proj)\b"
 )
 _FOREIGN_PART = re.compile(r"attn|attention|vision|audio|image|embed|patcher")
 
@@ -79,7 +79,7 @@ def is_ffn_weight(name: str, parameter: Tensor) -> bool:
 
     By its name and by what it does: it maps the stream to something wider, or back.
     """
-    if parameter.dim() < 2 or _FOREIGN_PART.search(name) or not _FFN_PART.search(name):
+    if parameter.dim() < 2 or not _FFN_PART.search(name) or _FOREIGN_PART.search(name):
         return False
     narrow, wide = sorted(parameter.shape[-2:])
     return narrow == HIDDEN < wide

@@ -8,7 +8,7 @@ DROP = object()  # leave the class's default
 
 _HALF_LINEAR = ["linear_attention", "full_attention"] * 2
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16}
+_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64}
 
 # By the ``model_type`` of a configuration class, also of one inside a composite; a mapping in it is for an inner one.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -25,7 +25,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0],
     },
+    "granitemoeshared": {"shared_intermediate_size": 144},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoe_swa": {"shared_intermediate_size": 144},
     "granitemoehybrid": {"layer_types": _HALF_LINEAR, "shared_intermediate_size": 144, "num_local_experts": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_linear": {"num_hidden_layers": 5},
