@@ -1,4 +1,4 @@
-"""Tiny random decoders of many families, built from configs alone: seeded, eval, float32.
+"""Tiny random decoders of the common families, built from configs alone: seeded, eval, float32.
 
 FFN weights are scaled up: at the usual initialisation logits hardly depend on the FFNs and no cut would show.
 """
@@ -8,61 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 176, 4, 160
+from tests.families.shrinking import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, tiny_config
 
-_LLAMA = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
-_GPT = {"n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
-_NEOX = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma3_text": {**_LLAMA, "sliding_window": 32},
-    "phi3": {key: value for key, value in _LLAMA.items() if key != "head_dim"},
-    "gpt2": _GPT,
-    "gpt_neox": _NEOX,
-    "opt": {
-        "hidden_size": HIDDEN,
-        "word_embed_proj_dim": HIDDEN,
-        "ffn_dim": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-    },
-    "mistral": {**_LLAMA, "sliding_window": 32},
-    "glm4": _LLAMA,
-    "bloom": {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4},
-    "falcon": {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "ffn_hidden_size": 176},
-    "starcoder2": {key: value for key, value in _LLAMA.items() if key != "head_dim"},
-    "gptj": {**_GPT, "rotary_dim": 8},
-}
+__all__ = ["EXTRA_FAMILIES", "FAMILIES", "HIDDEN", "INTERMEDIATE", "LAYERS", "VOCAB", "tiny_model", "token_ids"]
 
 # The families that every invariant is tested on; EXTRA_FAMILIES widen tests of structure.
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt"]
-EXTRA_FAMILIES = [name for name in _CONFIGS if name not in FAMILIES]
+EXTRA_FAMILIES = ["mistral", "glm4", "bloom", "falcon", "starcoder2", "gptj"]
 
 
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, ffn_scale: float = 8.0, **overrides: Any
 ) -> PreTrainedModel:
     """A random decoder of ``family`` in eval mode; ``overrides`` go to its config."""
-    shared = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = CONFIG_MAPPING[family](**{**shared, **_CONFIGS[family], **overrides})
+    config = tiny_config(family, **overrides)
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
