@@ -5,10 +5,15 @@ which are few. A bfloat16 FFN of 896 x 4864 took 0.88 of the usual time at 64 to
 (weights not in the cache, one thread of an AVX-512 machine with bfloat16 products), 1.3 at 4: hence the 16, which is
 also the kernels' tile of tokens. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
 
+Where oneDNN has no products of the type (bfloat16 on an AVX2 machine), torch's own come in, and are slow: 0.22 s for
+down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order. There the usual one is kept.
+
 Shapes: units [k, n], one row per hidden unit; everything of one dtype, each product rounded once.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +27,7 @@ TILE = 16
 
 def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) -> None:
     """Write hidden units lo..hi for x [n, d] to ``units`` [hi - lo, n], of any strides. Not under autograd."""
-    if x.shape[0] < TILE:
+    if x.shape[0] < TILE or not _has_products(x.device.type, x.dtype):
         units.copy_(weights.hidden(x, lo, hi).T)
         return
     up = _product(weights.up[lo:hi], x.T, None if weights.up_bias is None else weights.up_bias[lo:hi])
@@ -36,12 +41,21 @@ def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) 
 def fill_outputs(outputs: Tensor, units: Tensor, weights: FFNWeights) -> None:
     """Write down's output for the first k ``units`` [k, n] to ``outputs`` [d, n]; as `fill_units`."""
     columns, bias = weights.down[:, : units.shape[0]], weights.down_bias
-    if units.shape[1] < TILE:
-        outputs.copy_(functional.linear(units.T, columns, bias).T)
+    if units.shape[1] < TILE or not _has_products(units.device.type, units.dtype):
+        outputs.copy_(functional.linear(units.T.contiguous(), columns, bias).T)
     elif bias is None:
         torch.mm(columns, units, out=outputs)
     else:
         torch.addmm(bias[:, None], columns, units, out=outputs)
+
+
+@cache
+def _has_products(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of a low precision here."""
+    if device_type != "cpu":
+        return True
+    mkldnn = torch.ops.mkldnn
+    return bool(mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported())
 
 
 def _product(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
