@@ -251,9 +251,11 @@ class SedacConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         if base_config is not None:
-            # The attention implementation's setter recurses into sub-configs: an unset value would reset the base's.
-            kwargs.setdefault("attn_implementation", base_config._attn_implementation)
-            kwargs.setdefault("experts_implementation", getattr(base_config, "_experts_implementation", None))
+            # The setters recurse into nested configurations: one value for all, or none, would overwrite theirs.
+            for kind in ("attn", "experts"):
+                if kwargs.get(f"{kind}_implementation") is None:
+                    nested = _implementations(base_config, f"_{kind}_implementation")
+                    kwargs[f"{kind}_implementation"] = {"": nested[""], "text_config": nested}
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "dtype"):
                 value = getattr(base, name, None)
                 if value is not None:
@@ -332,6 +334,16 @@ def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
         return LayerConfig(**item)
     except TypeError as error:
         raise ConfigError(f"a layer config is incomplete: {error}") from error
+
+
+def _implementations(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """A configuration's choice of implementation and those of the ones nested in it, in the form that setters take."""
+    found: dict[str, Any] = {"": getattr(config, name, None)}
+    for part in config.sub_configs:
+        nested = getattr(config, part, None)
+        if nested is not None:
+            found[part] = _implementations(nested, name)
+    return found
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...], *, optional: bool = False) -> Any:
