@@ -84,15 +84,16 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             if hasattr(base_model, name):
                 setattr(self, name, getattr(base_model, name))
         self.calibration_report: CalibrationReport | None = None
+        chosen = () if config.assumes_layers else config.checkpoint_layers
         self.runtime = SedacRuntime(
             base_model,
-            config.checkpoint_layers or None,
+            chosen or None,
             controller=config.controller,
             engine=config.engine,
             adaptive_thresholds=config.adaptive_thresholds,
             extra_memory=config.extra_memory,
         )
-        if not config.layer_configs:
+        if config.checkpoint_layers != self.runtime.checkpoint_layers:
             config.layer_configs = [asdict(item) for item in default_layer_configs(self.runtime.checkpoint_layers)]
         self.post_init()
         self.train(base_model.training)
