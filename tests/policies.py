@@ -57,6 +57,8 @@ def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBan
     with runtime.observe(on_checkpoint=hidden.__setitem__), torch.no_grad():
         runtime.model(token_ids(4, 16, seed=98))
         for idx, layer in enumerate(runtime.checkpoint_layers):
+            if idx not in hidden:  # a layer that does not run
+                continue
             probe = bank[layer]
             probe.down.weight.copy_(torch.randn(probe.down.weight.shape, generator=generator))
             probe.out.weight.copy_(torch.randn(probe.out.weight.shape, generator=generator))

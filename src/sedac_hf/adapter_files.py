@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from sedac_hf.configuration import SedacConfig
@@ -54,6 +56,46 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
 
 
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class of the plain decoder with this configuration.
+
+    A decoder that is part of a composite model goes by the composite's configuration in `AutoModelForCausalLM`: its
+    own one leads nowhere there, but says in ``architectures`` which of those classes it is for.
+
+    Raises:
+        LoadError: it names none of them.
+    """
+    found = _auto_class_of(config)
+    named = None if found is not None else next(iter(getattr(config, "architectures", None) or ()), None)
+    if named is not None and any(named in _names(value) for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        found = getattr(transformers, named, None)
+    if found is None:
+        raise LoadError(
+            f"a {type(config).__name__} must be a configuration that AutoModelForCausalLM knows, or name one of its "
+            f"classes in `architectures`; got {named!r}: load the decoder of a causal language model"
+        )
+    return found
+
+
+def from_config(config: PreTrainedConfig) -> Any:
+    """A decoder with new weights, of the class that `class_of` gives."""
+    if _auto_class_of(config) is not None:
+        return AutoModelForCausalLM.from_config(config)
+    return class_of(config)._from_config(config)
+
+
+def _auto_class_of(config: PreTrainedConfig) -> Any | None:
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def load_base(path: str, config: SedacConfig, kwargs: Mapping[str, Any]) -> Any:
     """The base of a full save, by its own class, from the same folder.
 
@@ -76,7 +118,7 @@ def load_weights(path: str, **kwargs: Any) -> Any:
     """
     wanted = kwargs.pop("output_loading_info", False)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = _from_pretrained(path, output_loading_info=True, **kwargs)
     except (SafetensorError, RuntimeError) as error:
         raise LoadError(f"the base weights in {path} cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
@@ -86,6 +128,19 @@ def load_weights(path: str, **kwargs: Any) -> Any:
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     return (model, info) if wanted else model
+
+
+def _from_pretrained(path: str, **kwargs: Any) -> Any:
+    """What `AutoModelForCausalLM` makes of a folder or id, or `class_of` where that knows no such configuration."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except ValueError:
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = read_config(str(config or path), kwargs.get("trust_remote_code"), **hub_arguments(kwargs))
+        if _auto_class_of(config) is not None or getattr(config, "auto_map", None):
+            raise
+        return class_of(config).from_pretrained(path, **kwargs)
 
 
 def read_policy(path: str, config: SedacConfig, **hub: Any) -> Policy | None:
@@ -152,6 +207,7 @@ def save(model: SedacForCausalLM, directory: str | os.PathLike[str], *, adapter_
 def _write(model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs: dict[str, Any]) -> None:
     config = SedacConfig.from_dict(model.config.to_dict())
     config.architectures = ["SedacForCausalLM"]
+    config.text_config.architectures = [type(model.model).__name__]
     config.base_model_name_or_path = config.base_revision = None
     if adapter_only:
         base = model.model.name_or_path or model.config.base_model_name_or_path

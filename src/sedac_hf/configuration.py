@@ -158,7 +158,8 @@ class SedacConfig(PreTrainedConfig):
     Args:
         text_config: configuration of the base decoder (object or dict with its ``model_type``).
         layer_configs: the law, one `LayerConfig` (or dict) per checkpoint layer, ascending; default: three checkpoints
-            with the design document's values, changed by the ``SEDAC_*`` environment variables.
+            with the design document's values, changed by the ``SEDAC_*`` environment variables. Default places are
+            corrected when a decoder is wrapped that has another number of layers than its configuration says.
         alpha: smoothing of threshold updates, in [0, 1].
         confidence_decay: gamma of the law, in [0, 1].
         soft_exit: True: graded ratio; False: hard exit (skip the whole FFN, latched).
@@ -224,9 +225,7 @@ class SedacConfig(PreTrainedConfig):
             )
         base = None if base_config is None else base_config.get_text_config(decoder=True)
         if layer_configs is None:
-            layer_configs = (
-                () if base is None else default_layer_configs(default_checkpoint_layers(int(base.num_hidden_layers)))
-            )
+            layer_configs = default_layer_configs(_assumed_layers(base))
         self.layer_configs = [
             dataclasses.asdict(item if isinstance(item, LayerConfig) else _layer_config(item))
             for item in layer_configs
@@ -251,9 +250,11 @@ class SedacConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         if base_config is not None:
-            # The attention implementation's setter recurses into sub-configs: an unset value would reset the base's.
-            kwargs.setdefault("attn_implementation", base_config._attn_implementation)
-            kwargs.setdefault("experts_implementation", getattr(base_config, "_experts_implementation", None))
+            # The setters recurse into nested configurations: one value for all, or none, would overwrite theirs.
+            for kind in ("attn", "experts"):
+                if kwargs.get(f"{kind}_implementation") is None:
+                    nested = _implementations(base_config, f"_{kind}_implementation")
+                    kwargs[f"{kind}_implementation"] = {"": nested[""], "text_config": nested}
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "dtype"):
                 value = getattr(base, name, None)
                 if value is not None:
@@ -283,6 +284,13 @@ class SedacConfig(PreTrainedConfig):
     def checkpoint_layers(self) -> tuple[int, ...]:
         """Decoder layers with a probe, ascending."""
         return tuple(item["layer_idx"] for item in self.layer_configs)
+
+    @property
+    def assumes_layers(self) -> bool:
+        """Whether the checkpoints are where a default puts them by the number of layers that the base's configuration
+        names: the decoder itself may have another (layers that run in loops are counted several times)."""
+        base = None if self.text_config is None else self.text_config.get_text_config(decoder=True)
+        return not self.calibrated and self.checkpoint_layers == _assumed_layers(base)
 
     @property
     def calibrated(self) -> bool:
@@ -332,6 +340,22 @@ def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
         return LayerConfig(**item)
     except TypeError as error:
         raise ConfigError(f"a layer config is incomplete: {error}") from error
+
+
+def _assumed_layers(base: PreTrainedConfig | None) -> tuple[int, ...]:
+    """Default checkpoints of a decoder that was not looked at; none where its configuration names no layers."""
+    n_layers = getattr(base, "num_hidden_layers", None)
+    return default_checkpoint_layers(n_layers) if isinstance(n_layers, int) and n_layers > 0 else ()
+
+
+def _implementations(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """A configuration's choice of implementation and those of the ones nested in it, in the form that setters take."""
+    found: dict[str, Any] = {"": getattr(config, name, None)}
+    for part in config.sub_configs:
+        nested = getattr(config, part, None)
+        if nested is not None:
+            found[part] = _implementations(nested, name)
+    return found
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...], *, optional: bool = False) -> Any:

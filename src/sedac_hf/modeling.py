@@ -68,7 +68,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SedacConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if base_model is None:
-            base_model = AutoModelForCausalLM.from_config(config.text_config)
+            base_model = adapter_files.from_config(config.text_config)
         self.model = base_model
         config.text_config = base_model.config
         for module in base_model.modules():
@@ -84,15 +84,16 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             if hasattr(base_model, name):
                 setattr(self, name, getattr(base_model, name))
         self.calibration_report: CalibrationReport | None = None
+        chosen = () if config.assumes_layers else config.checkpoint_layers
         self.runtime = SedacRuntime(
             base_model,
-            config.checkpoint_layers or None,
+            chosen or None,
             controller=config.controller,
             engine=config.engine,
             adaptive_thresholds=config.adaptive_thresholds,
             extra_memory=config.extra_memory,
         )
-        if not config.layer_configs:
+        if config.checkpoint_layers != self.runtime.checkpoint_layers:
             config.layer_configs = [asdict(item) for item in default_layer_configs(self.runtime.checkpoint_layers)]
         self.post_init()
         self.train(base_model.training)
@@ -361,8 +362,7 @@ def class_for(base_class: Any) -> type[SedacForCausalLM]:
 def _base_class(config: SedacConfig) -> Any:
     if config.text_config is None:
         raise ConfigError("`text_config` must hold the base decoder's configuration, got None")
-    found = AutoModelForCausalLM._model_mapping[type(config.text_config)]
-    return found[0] if isinstance(found, tuple | list) else found
+    return adapter_files.class_of(config.text_config)
 
 
 def _split(loaded: Any) -> tuple[PreTrainedModel, Any]:

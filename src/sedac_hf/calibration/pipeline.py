@@ -32,6 +32,7 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.scoring import evaluating
 from sedac_hf.runtime import SedacRuntime
+from sedac_hf.runtime.observation import counting_layers
 
 FIT_TOKENS = 40960
 HELD_OUT_TOKENS = 20480
@@ -45,6 +46,7 @@ class _Kept:
 
     key: tuple[Any, ...]
     dense: DocumentScores | None = None
+    runs: list[int] = field(default_factory=list)  # of each decoder layer while the dense scores were made
     fitted: dict[str, Fitted] = field(default_factory=dict)
 
 
@@ -97,10 +99,13 @@ def calibrate(
             "throughput"; a third more time).
         moment_bytes: memory for second moments; where they need more, compensation is a bias alone.
 
+    Checkpoints at default places are moved where decoder layers do not run (cross attention without its other input).
+
     Raises:
         CalibrationError: arguments out of range, too little text, a tokenizer that does not fit, NaN in the model, no
             policy that keeps the budget. The model is then as it was.
         UnsupportedModelError: the objective's cut cannot be made on these weights.
+        ConfigError: a checkpoint was chosen after a layer that does not run.
     """
     started = time.monotonic()
     _check_arguments(max_ppl_increase, share, objective, confidence, n_levels, probe_rank)
@@ -123,15 +128,18 @@ def calibrate(
         least_tokens=LEAST_TOKENS, seed=seed,
     )  # fmt: skip
     check_tokenizer(runtime, text.fit, text.held_out)
-    former = runtime.policy
+    former, former_layers = runtime.policy, runtime.checkpoint_layers
     runtime.uninstall()
     try:
         with evaluating(runtime.model), torch.no_grad():
             settings = (text.fingerprint, n_levels, probe_rank, runtime.extra_memory, moment_bytes, refit_compensation)
             kept = _kept(runtime, (*_fingerprint(runtime), *settings))
             if kept.dense is None:
-                kept.dense = score_held_out(runtime, text, progress, "dense perplexity")
+                with counting_layers(runtime) as runs:
+                    kept.dense = score_held_out(runtime, text, progress, "dense perplexity")
+                kept.runs = runs
                 check_dense(runtime, perplexity_of(kept.dense))
+            runtime.avoid_idle_layers(kept.runs)
             if objective not in kept.fitted:
                 kept.fitted[objective] = fit(
                     runtime, text, objective, n_levels=n_levels, probe_rank=probe_rank, seed=seed, progress=progress,
@@ -155,6 +163,8 @@ def calibrate(
             runtime.install(policy)
     except BaseException:
         runtime.uninstall()
+        if runtime.checkpoint_layers != former_layers:
+            runtime.place_checkpoints(former_layers)
         if former is not None:
             runtime.install(former)
         raise

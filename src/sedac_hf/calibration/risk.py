@@ -43,17 +43,23 @@ def risk_targets(
 ) -> RiskTargets:
     """KL between full output and output with all FFNs behind a checkpoint at ``points``, for each checkpoint.
 
-    Hidden states after the first checkpoint are read from the cut stream, as probes will see them.
+    Hidden states after the first checkpoint are read from the cut stream, as probes will see them; of a checkpoint
+    that comes several times in a forward, the last time.
     """
     n = len(runtime.checkpoint_layers)
     hidden: list[list[Tensor]] = [[] for _ in range(n)]
     kl: list[list[Tensor]] = [[] for _ in range(n)]
     scored: Tensor = torch.zeros(0)
     wanted: set[int] = set()
+    latest: dict[int, Tensor] = {}
 
     def on_checkpoint(idx: int, states: Tensor) -> None:
         if idx in wanted:
-            hidden[idx].append(states[scored.to(states.device)].bfloat16().cpu())
+            latest[idx] = states[scored.to(states.device)].bfloat16().cpu()
+
+    def keep() -> None:
+        for idx in sorted(latest):
+            hidden[idx].append(latest.pop(idx))
 
     with runtime.observe(on_checkpoint=on_checkpoint):
         for batch in stream(runtime, windows, progress, "risk"):
@@ -61,11 +67,13 @@ def risk_targets(
             scored = torch.cat((batch.scored, last), dim=1).flatten()
             wanted = {0}
             dense = scored_logits(runtime.model, batch)
+            keep()
             for idx in range(n):
                 wanted = set(range(1, n)) if idx == 0 else set()
                 behind = [p if s >= idx else None for p, s in zip(points, runtime.segments, strict=True)]
                 with runtime.forced(behind, compensation):
                     kl[idx].append(kl_to(dense, scored_logits(runtime.model, batch), torch.float32).cpu())
+                keep()
             del dense  # logits are large: none is held while the next are made
             wanted = set()
     result = RiskTargets([_joined(h) for h in hidden], [torch.cat(k) for k in kl])

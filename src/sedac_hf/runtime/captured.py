@@ -45,6 +45,7 @@ class CapturedPass:
         # On the object from the start: a trace guards on which attributes there are.
         self.state: Tensor | None = None
         self.levels: Tensor | None = None
+        self.next_checkpoint = 0
         self.x: Tensor | None = None  # an FFN's input, from its first linear to down
         self.z: Tensor | None = None  # the gate's output, where the gate itself decides
 
@@ -77,6 +78,7 @@ class CapturedExecution(Execution):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.irregular = None
         self.reset()
 
     @property
@@ -159,7 +161,7 @@ class CapturedExecution(Execution):
                 return eager(*args, **kwargs)
             if generation is not None and generation.prompt_mask(*shape, kwargs) is not None:
                 return eager(*args, **kwargs)
-            why = self.prepare()
+            why = self.irregular or self.prepare()  # the prompt ran eagerly just now
             if why is not None:
                 logger.warning_once(f"decode steps are not compiled: {why}; they run eagerly, with the same result")
                 return eager(*args, **kwargs)
@@ -190,6 +192,7 @@ class CapturedExecution(Execution):
         shape = call_shape(args, dict(kwargs))
         self.current.state = None if shape is None or self.whole else self.law.begin(shape[0] * shape[1])
         self.current.levels = None
+        self.current.next_checkpoint = 0
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.tracing:
@@ -201,9 +204,11 @@ class CapturedExecution(Execution):
             return super().decide(idx, module, args, output)
         current, runtime = self.current, self._runtime
         hidden = hidden_of(output)
+        expected, current.next_checkpoint = current.next_checkpoint, idx + 1
         if current.state is None or hidden is None:
             return
-        if hidden.shape[-1] != runtime.hidden_size or hidden[..., 0].numel() != current.state.numel():
+        known = hidden.shape[-1] == runtime.hidden_size and hidden[..., 0].numel() == current.state.numel()
+        if not known or idx != expected:
             current.state = current.levels = None  # cannot be read: full width for the rest of the pass
             return
         if runtime.probes_decide and runtime.probes is not None:

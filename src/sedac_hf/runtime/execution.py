@@ -20,13 +20,21 @@ if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 
+_OUT_OF_ORDER = "its layers do not run one after the other, each of them once"
+
+
 class Execution:
-    """The callbacks that a runtime attaches to its model."""
+    """The callbacks that a runtime attaches to its model.
+
+    Attributes:
+        irregular: what kept the last pass from being one that a captured graph could run; None: nothing did.
+    """
 
     def __init__(self, runtime: SedacRuntime) -> None:
         self._runtime = runtime
         self.site_cuts = SiteCuts(runtime)
         self._probes = DecodeProbes()
+        self.irregular: str | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: open a pass."""
@@ -67,6 +75,11 @@ class Execution:
             end_step()
         if output is None or state.n_tokens == 0:  # the forward raised, or there was nothing to read
             return
+        if state.next_checkpoint != len(runtime.checkpoint_layers):
+            state.irregular = _OUT_OF_ORDER
+            if not state.whole and state.controller_state is not None:
+                runtime.tally.fail_safe(state.n_tokens)  # what is behind the missing checkpoint ran whole
+        self.irregular = state.irregular
         counted = state.counted
         for idx, risks, exited, ratio in state.decided:
             failed = int(np.count_nonzero(~np.isfinite(risks[counted])))
@@ -79,28 +92,44 @@ class Execution:
             )
         for i, site in enumerate(runtime.sites):
             if i not in state.recorded:
-                units = site.intermediate_size
-                tokens = state.n_tokens
+                units, calls = site.intermediate_size, 1
+                if state.irregular is not None:
+                    calls = self._calls(i, state)
+                tokens = state.n_tokens * calls
                 runtime.tally.ffn(
-                    i, engine="whole", tokens=tokens, needed=units * tokens, read=units, computed=units * tokens
+                    i,
+                    engine="whole",
+                    tokens=tokens,
+                    needed=units * tokens,
+                    read=units * calls,
+                    computed=units * tokens,
+                    calls=calls,
                 )
 
     def decide(self, idx: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a checkpoint layer: risks, levels, and the plan of the FFNs up to the next checkpoint."""
         runtime = self._runtime
         state = current_pass.get()
-        if state is None or state.runtime is not runtime or state.whole or runtime.forcing is not None:
+        if state is None or state.runtime is not runtime:
+            return
+        expected, state.next_checkpoint = state.next_checkpoint, idx + 1
+        if idx != expected:
+            state.irregular = _OUT_OF_ORDER
+        if state.whole or runtime.forcing is not None:
             return
         hidden = hidden_of(output)
         if hidden is None or hidden.shape[-1] != runtime.hidden_size or hidden[..., 0].numel() != state.n_tokens:
-            state.whole = True  # a layer output that cannot be read: full width for the rest of the pass
-            runtime.tally.fail_safe(state.n_tokens)
+            self._give_up(state)  # a layer output that cannot be read
+            return
+        if idx > expected:
+            self._give_up(state)  # the law knows no cascade with a checkpoint left out
             return
         if state.n_tokens == 0:
             return
         values = self._risks(idx, hidden, state.n_tokens)
         controller = runtime.controller
-        levels = controller.step(state.controller_state, idx, values)
+        usable = values if idx == expected else self._begin_anew(idx, state, values)
+        levels = controller.step(state.controller_state, idx, usable)
         decided = state.controller_state
         if runtime.adaptive_thresholds:
             controller.update_threshold(runtime.checkpoint_layers[idx], values[state.counted])
@@ -112,6 +141,26 @@ class Execution:
                 idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels
             )
         state.plan = self.site_cuts.plan(levels)
+
+    def _give_up(self, state: ForwardPass) -> None:
+        """Full width for the rest of the pass, counted."""
+        state.whole = True
+        self._runtime.tally.fail_safe(state.n_tokens)
+
+    def _begin_anew(self, idx: int, state: ForwardPass, risks: np.ndarray) -> np.ndarray:
+        """A checkpoint that comes again, in layers that run in a loop, begins the cascade anew; the checkpoints in
+        front of it are read as they last were. Gives this one's risks: a token that failed stays failed."""
+        controller, failed = self._runtime.controller, state.controller_state.failed
+        latest = {seen: values for seen, values, _, _ in state.decided}
+        state.controller_state = controller.begin(state.n_tokens)
+        for earlier in range(idx):
+            controller.step(state.controller_state, earlier, _without(failed, latest[earlier]))
+        return _without(failed, risks)
+
+    def _calls(self, i: int, state: ForwardPass) -> int:
+        """How often FFN i ran in a pass with loops, told by the checkpoint behind it; no less than that."""
+        checkpoint = min(self._runtime.segments[i] + 1, len(self._runtime.checkpoint_layers) - 1)
+        return max(1, sum(idx == checkpoint for idx, _, _, _ in state.decided))
 
     def _risks(self, idx: int, hidden: Tensor, n_tokens: int) -> np.ndarray:
         """float32 [n_tokens]; zeros where no risk changes a level."""
@@ -132,3 +181,8 @@ class Execution:
             risk = risk if shard is None else shard.agreed(risk)
         runtime.tally.probe(probes.parameters_per_token, n_tokens)
         return np.ascontiguousarray(risk.detach().to("cpu", torch.float32).numpy())
+
+
+def _without(failed: np.ndarray, risks: np.ndarray) -> np.ndarray:
+    """Risks [n], unusable where a token has failed."""
+    return np.where(failed, np.float32(np.nan), risks) if failed.any() else risks

@@ -65,6 +65,8 @@ class ForwardPass:
     prompt: bool [n_tokens], tokens that run at full width because they belong to the prompt; None: none do.
     whole: every FFN runs untouched in this pass.
     plan: the levels in force, None before the first checkpoint.
+    next_checkpoint: the one that comes next where layers run one after the other.
+    irregular: why a captured graph could not run such a pass; None: it could.
     torch_alone: torch is kept to one thread during this pass.
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
     by_time: a module runs where it was measured to be quicker than its kernel.
@@ -84,6 +86,8 @@ class ForwardPass:
     by_time: bool = False
     controller_state: Any = None
     plan: LevelPlan | None = None
+    next_checkpoint: int = 0
+    irregular: str | None = None
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
     previous: ForwardPass | None = None
     recorded: set[int] = field(default_factory=set)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 OnCheckpoint = Callable[[int, Tensor], None]
-"""Called with (checkpoint_idx, hidden [n, d])."""
+"""Called with (checkpoint_idx, hidden [n, d]), where layers run in a loop each time."""
 OnFFN = Callable[[int, Tensor, Tensor], None]
 """Called with (site, x [n, d], h [n, f]): an FFN's input, and what its down projection would be given at full width,
 in the current channel order."""
@@ -50,6 +50,18 @@ def observing(
         runtime.on_decision = before
 
 
+@contextmanager
+def counting_layers(runtime: SedacRuntime) -> Iterator[list[int]]:
+    """How often each decoder layer runs during a ``with`` block, [n_layers]: not every layer runs once per forward."""
+    runs, attachment = [0] * len(runtime.decoder_layers), Attachment()
+    try:
+        for idx, layer in enumerate(runtime.decoder_layers):
+            attachment.after_forward(layer, functools.partial(_count, runs, idx))
+        yield runs
+    finally:
+        attachment.detach()
+
+
 def hidden_of(output: Any) -> Tensor | None:
     """The hidden state in a decoder layer's output; None where it cannot be told."""
     if isinstance(output, tuple | list) and output:
@@ -69,6 +81,10 @@ def _watch(attachment: Attachment, show: OnFFN, i: int, site: FFNSite) -> None:
 
 def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
+
+
+def _count(runs: list[int], idx: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    runs[idx] += 1
 
 
 def _show_checkpoint(show: OnCheckpoint, idx: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

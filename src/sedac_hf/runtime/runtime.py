@@ -83,6 +83,7 @@ class SedacRuntime:
             )
         found = find_sites(model)
         n_layers = len(found.decoder_layers)
+        self._chosen_layers = checkpoint_layers is not None
         checkpoint_layers = default_checkpoint_layers(n_layers) if checkpoint_layers is None else checkpoint_layers
         if not checkpoint_layers or list(checkpoint_layers) != sorted(set(checkpoint_layers)):
             raise ConfigError(f"`checkpoint_layers` must be ascending and not empty, got {list(checkpoint_layers)}")
@@ -95,9 +96,6 @@ class SedacRuntime:
         self.decoder_layers = found.decoder_layers
         self.hidden_size = found.hidden_size
         self.sites = found.sites
-        self.checkpoint_layers = tuple(checkpoint_layers)
-        # The decision after checkpoint i governs the layers behind it up to and including checkpoint i + 1's.
-        self.segments = tuple(bisect_left(self.checkpoint_layers, site.layer_idx) - 1 for site in self.sites)
         self.engine = engine
         self.adaptive_thresholds = adaptive_thresholds
         self.extra_memory = check_extra_memory(extra_memory)
@@ -116,7 +114,33 @@ class SedacRuntime:
         self.on_decision: OnDecision | None = None
         self.planner = GenerationPlanner(self)
         self.captured = CapturedExecution(self)
+        self.place_checkpoints(checkpoint_layers)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def place_checkpoints(self, checkpoint_layers: Sequence[int]) -> None:
+        """Have the checkpoints after these decoder layers; only without a policy, whose law is made for its own."""
+        self.checkpoint_layers = tuple(checkpoint_layers)
+        # The decision after checkpoint i governs the layers behind it up to and including checkpoint i + 1's.
+        self.segments = tuple(bisect_left(self.checkpoint_layers, site.layer_idx) - 1 for site in self.sites)
         self.tally = Tally(self.weights.costs(), self.checkpoint_layers)
+
+    def avoid_idle_layers(self, runs: Sequence[int]) -> None:
+        """Move default checkpoints away from layers that do not run; ``runs``: calls of each layer, [n_layers].
+
+        Raises:
+            ConfigError: a checkpoint that was chosen is after such a layer.
+        """
+        idle = [layer for layer in self.checkpoint_layers if not runs[layer]]
+        ran = [layer for layer, calls in enumerate(runs) if calls]
+        if not idle or not ran:
+            return
+        if self._chosen_layers:
+            raise ConfigError(
+                f"`checkpoint_layers` must be layers that run, got {list(self.checkpoint_layers)}, of which "
+                f"{idle} did not run in any forward; choose among {ran}"
+            )
+        self.place_checkpoints([ran[place] for place in default_checkpoint_layers(len(ran))])
 
     # ---------------------------------------------------------------- policy
 

@@ -148,7 +148,8 @@ class SiteCuts:
         elif forced is not None:
             plan = self._fixed_plan(state, "level", policy.n_levels)
         else:
-            plan = state.plan
+            # A checkpoint that was left out decided nothing for what is behind it.
+            plan = state.plan if runtime.segments[i] < state.next_checkpoint else None
         return plan, policy.schedule.points[i], compensation
 
     def _fixed_plan(self, state: ForwardPass, kind: str, n_levels: int) -> LevelPlan:

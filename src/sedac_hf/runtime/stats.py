@@ -41,7 +41,10 @@ class SiteCost:
 
 @dataclass
 class CheckpointStats:
-    """Totals of one checkpoint: tokens seen (prompt tokens at full width not among them), exits, mean ratio."""
+    """Totals of one checkpoint: tokens seen (prompt tokens at full width not among them), exits, mean ratio.
+
+    Where layers run in a loop, a token is seen each time.
+    """
 
     layer_idx: int
     tokens: int = 0
@@ -59,11 +62,11 @@ class SedacStats:
 
     Shares are of all FFNs and all tokens; padding positions of a batch run, and count, as tokens. ``needed_*``: what
     the tokens' operating points use; ``saved_*``: what this run did not spend. ``fail_safe``: token x checkpoint
-    decisions sent to full width because of an unusable risk or an unreadable call. ``choices``: how often ``generate``
-    chose to cut or to run at full width, with its reason. ``memory``: bytes held, of the base and of
-    what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`). ``strip_costs``: for each kind of FFN that this
-    process has cut in strips so far, in words, whether the times that its strips are cut by were "measured" on this
-    machine or "stated" (`sedac_hf.ops.costs`); it outlives a reset.
+    decisions sent to full width because of an unusable risk, an unreadable call or a checkpoint that was left out.
+    ``choices``: how often ``generate`` chose to cut or to run at full width, with its reason. ``memory``: bytes held,
+    of the base and of what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`). ``strip_costs``: for each kind
+    of FFN that this process has cut in strips so far, in words, whether the times that its strips are cut by were
+    "measured" on this machine or "stated" (`sedac_hf.ops.costs`); it outlives a reset.
     """
 
     tokens: int
