@@ -113,7 +113,8 @@ class Case:
     def read_units(self, chosen: Tensor, layer: int) -> None:
         """The shadow and these units."""
         w, tables = self.by_units[layer], self.shadows[layer].tables()
-        assert w.gate is not None and tables is not None
+        assert w.gate is not None
+        assert tables is not None
         read_memory(tables.codes)
         read_memory(tables.scales)
         read_rows([w.gate, w.up, w.down.T], chosen)
@@ -254,7 +255,8 @@ def measured(case: Case, seconds: float) -> list[dict[str, Any]]:
 def print_table(title: str, lines: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     print(
-        f"  {'engine':8}{'cut':17}{'share':>6}{'us':>9}{'time/dense':>12}{'bytes':>8}{'GB/s':>7}{'time/read':>11}{'time/same':>11}  n"
+        f"  {'engine':8}{'cut':17}{'share':>6}{'us':>9}{'time/dense':>12}{'bytes':>8}{'GB/s':>7}{'time/read':>11}"
+        f"{'time/same':>11}  n"
     )
     for row in lines:
         same = "-" if row["time_over_same"] is None else f"{row['time_over_same']:.2f}"

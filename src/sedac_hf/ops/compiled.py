@@ -75,7 +75,7 @@ def read_rows(matrices: Sequence[Tensor], rows: Tensor) -> None:
     if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_contiguous():
         raise ValueError(f"`rows` must be contiguous int32 [n], got {rows.dtype} with strides {rows.stride()}")
     least = min((matrix.shape[0] for matrix in matrices), default=0)
-    if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < least):
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= least):
         raise ValueError(f"`rows` must be rows of all matrices, 0 to {least - 1}, got {rows.min()} to {rows.max()}")
     module.read_rows(words, rows.data_ptr(), rows.numel(), kernel_threads())
 
