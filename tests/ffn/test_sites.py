@@ -138,14 +138,17 @@ def test_a_formula_that_differs_is_not_believed():
     assert not site.plain_forward
 
 
-def test_norms_and_parameters_inside_make_it_no_ffn():
+def test_matrices_over_the_units_make_it_no_ffn():
 
     def layer(extra):
         return nn.ModuleDict({"temporal": nn.LayerNorm(16), "channel": Block(extra=extra)})
 
-    for extra in (nn.LayerNorm(40), nn.Conv1d(40, 40, 3), nn.Linear(40, 40)):
+    for extra in (nn.Conv1d(40, 40, 3), nn.Linear(40, 40)):
         with pytest.raises(UnsupportedModelError):
             find_sites(Foreign(layer(extra)))
+    (site,) = find_sites(Foreign(layer(nn.LayerNorm(40)))).sites  # a norm over the units: an FFN, but not a plain one
+    assert [parameter.path for parameter in site.beside] == ["extra.weight", "extra.bias"]
+    assert not site.plain_forward
     assert find_sites(Foreign(layer(nn.PReLU(1)))).sites  # one number is an activation's affair
 
 
