@@ -107,8 +107,8 @@ def masked_logits(model: SedacForCausalLM, inputs: dict[str, torch.Tensor]) -> t
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba"])
-def test_recurrent_mixers_are_none(model_type: str) -> None:
-    with pytest.raises(UnsupportedModelError):
+def test_recurrent_mixers_are_none_and_the_refusal_says_so(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"this decoder has no FFN: its 4 layers .*Mixer alone.*Pass a"):
         find_sites(build(model_type)[0])
 
 

@@ -114,12 +114,33 @@ def _variants(site: FFNSite) -> Iterator[FFNSite]:
 
 def _nothing_found(model: nn.Module, layers: tuple[nn.Module, ...]) -> str:
     parts = sorted({name for layer in layers for name, _ in layer.named_children()})
-    experts = any(p.dim() == 3 for layer in layers for p in layer.parameters())
+    experts = any(p.dim() == 3 for layer in layers for p in layer.parameters() if min(p.shape) > 1)
+    seen = f"{len(layers)} layers ({type(layers[0]).__name__} with parts {', '.join(parts) or 'none'})"
+    mixers = _mixers_alone(layers)
+    if mixers:
+        told = (
+            f"this decoder has no FFN: its {seen} compute in {', '.join(mixers)} alone, recurrent blocks, not cut here"
+        )
+    else:
+        told = f"none was found in its {seen}"
     return (
-        f"{type(model).__name__} must have an FFN that can be cut; none was found in its {len(layers)} layers "
-        f"({type(layers[0]).__name__} with parts {', '.join(parts) or 'none'}). Looked for modules that hold exactly: "
+        f"{type(model).__name__} must have an FFN that can be cut; {told}. Looked for modules that hold exactly: "
         "gate, up (hidden -> f) and down (f -> hidden); a fused gate_up (hidden -> 2f) and down; a pair up and down "
         "(torch.nn.Linear or Conv1D), in one module, in siblings or directly in the layer; in all cases with no other "
         "matrix that has a side of f"
         + (". Its experts are 3-D parameters, which are not supported" if experts else "")
+        + (". Pass a decoder with FFNs (attention or recurrent blocks with an FFN behind them)" if mixers else "")
     )
+
+
+def _mixers_alone(layers: tuple[nn.Module, ...]) -> list[str]:
+    """The classes of the modules that hold linears where each of them has a convolution beside them; else nothing."""
+    holders = [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if any(linear_shape(child) is not None for child in module.children())
+    ]
+    if not all(any(isinstance(child, nn.Conv1d) for child in module.children()) for module in holders):
+        return []
+    return sorted({type(module).__name__ for module in holders})
