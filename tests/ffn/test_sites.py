@@ -76,7 +76,12 @@ def test_a_shared_ffn_is_one_site():
     tied, first = model.model.layers[2].mlp, model.model.layers[0].mlp
     for name in ("gate_proj", "up_proj", "down_proj"):
         tied.get_submodule(name).weight = first.get_submodule(name).weight
-    assert [site.layer_idx for site in find_sites(model).sites] == [0, 1]
+    sites = find_sites(model).sites  # modules of their own with tied weights: each is cut by itself
+    assert [site.layer_idx for site in sites] == [0, 1, 2]
+    assert [site.origin for site in sites] == [None, None, sites[0]]
+    tied.down_proj.weight = nn.Parameter(first.down_proj.weight.clone())
+    first.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+    assert [site.layer_idx for site in find_sites(model).sites] == [0, 2]  # down alone is tied: no order would do
 
 
 def test_low_precision_weights_are_verified_too():

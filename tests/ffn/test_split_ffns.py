@@ -46,6 +46,7 @@ def test_found_and_put_in_another_order(model_type: str) -> None:
     logits = model(**inputs).logits
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(site.intermediate_size, generator=generator) for site in found.sites]
+    orders = [orders[found.sites.index(site.origin or site)] for site in found.sites]
     for site, order in zip(found.sites, orders, strict=True):
         apply_order(site, order)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -22,7 +22,8 @@ _TRIED = 16
 
 
 def apply_order(site: FFNSite, order: Tensor) -> None:
-    """Put unit ``order[j]`` of the present order at place j.
+    """Put unit ``order[j]`` of the present order at place j. Of a site that has an origin only what is its own moves:
+    its linears are the origin's.
 
     Args:
         site: the FFN; its linears must hold plain weights that can be read here.
@@ -45,7 +46,7 @@ def _put(site: FFNSite, places: Tensor) -> None:
             "quantised weights do not); use objective='latency' (select), which needs none"
         )
     f = site.intermediate_size
-    for linear in site.linears[:-1]:
+    for linear in site.linears[:-1] if site.origin is None else ():
         tensors = [(weight_of(linear), _unit_dim(site, linear))]
         bias = bias_of(linear)
         if bias is not None:
@@ -56,10 +57,13 @@ def _put(site: FFNSite, places: Tensor) -> None:
                 continue
             for lo in (0, f) if site.kind == "fused" else (0,):
                 site.shard.permute(tensor.detach().narrow(dim, lo, f), places, dim)
-    (permute if site.shard is None else site.shard.permute)(
-        weight_of(site.down).detach(), places, _unit_dim(site, site.down)
-    )
+    if site.origin is None:
+        (permute if site.shard is None else site.shard.permute)(
+            weight_of(site.down).detach(), places, _unit_dim(site, site.down)
+        )
     for parameter in site.beside:
+        if parameter.path in site.tied:
+            continue
         value = parameter.value.detach()
         both = value.shape[parameter.dim] == 2 * f
         vector = value.numel() == value.shape[parameter.dim]

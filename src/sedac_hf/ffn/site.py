@@ -39,10 +39,12 @@ class FFNSite:
     """One FFN of a decoder.
 
     kind "gated": gate, up and down; "fused": ``up`` is the one linear of gate and up, ``gate`` is None; "plain": up
-    and down. Sizes come from the weights. ``activation`` is None when it can't be read. ``plain_forward``: the
-    owner's forward was seen to be ``down(act(gate x) * up x)`` (plain: ``down(act(up x))``) on numbers, and
-    its weights may be read directly. ``beside``: the owner's other parameters that have an entry per unit.
-    ``shard``: how a tensor-parallel FFN is dealt out; its linears then count as what this process holds of them.
+    and down. Sizes come from the weights. ``activation`` is None when it can't be read. ``plain_forward``: the owner's
+    forward was seen to be ``down(act(gate x) * up x)`` (plain: ``down(act(up x))``) on numbers, and its weights may be
+    read directly. ``beside``: the owner's other parameters that have an entry per unit. ``origin``: the first site
+    with the same weights, where they are tied to another module's; ``tied``: paths of those of ``beside`` that an
+    earlier site has too. ``shard``: how a tensor-parallel FFN is dealt out; its linears then count as what this
+    process holds of them.
     """
 
     layer_idx: int
@@ -58,6 +60,8 @@ class FFNSite:
     plain_forward: bool = False
     fused_gate_first: bool = field(default=True, repr=False)
     beside: tuple[UnitParameter, ...] = field(default=(), repr=False)
+    origin: FFNSite | None = field(default=None, repr=False)
+    tied: frozenset[str] = field(default=frozenset(), repr=False)
     shard: Shard | None = field(default=None, repr=False)
 
     @property

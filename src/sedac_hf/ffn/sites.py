@@ -27,7 +27,8 @@ _OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech", re.I)  # encoders
 def find_sites(model: nn.Module) -> ModelSites:
     """The FFNs that can be cut.
 
-    An FFN that several layers share is one site (of the first layer). Mixture-of-experts parameters are none.
+    A module that several layers share is one site (of the first layer); modules whose weights are tied are one site
+    each, the later ones with the first as their origin. Mixture-of-experts parameters are none.
 
     Raises:
         UnsupportedModelError: the decoder layers or an FFN in them can't be found; says what was looked for and seen.
@@ -38,11 +39,8 @@ def find_sites(model: nn.Module) -> ModelSites:
     seen: set[int] = set()
     for layer_idx, layer in enumerate(layers):
         for site in layer_sites(layer, layer_idx, names):
-            # Modules may be shared, and so may the weights of different modules.
-            weight = getattr(site.down, "weight", None)
-            key = id(weight if isinstance(weight, Tensor) else site.down)
-            if key not in seen:
-                seen.add(key)
+            if id(site.down) not in seen:
+                seen.add(id(site.down))
                 found.append(site)
     if not found:
         raise UnsupportedModelError(_nothing_found(model, layers))
@@ -51,8 +49,34 @@ def find_sites(model: nn.Module) -> ModelSites:
     for site in found:
         parameters[site.hidden_size] += site.hidden_size * site.intermediate_size
     hidden_size = parameters.most_common(1)[0][0]
-    sites = tuple(_completed(site) for site in found if site.hidden_size == hidden_size)
+    sites = _with_origins([_completed(site) for site in found if site.hidden_size == hidden_size])
     return ModelSites(layers, tuple(names[id(layer)] for layer in layers), hidden_size, sites)
+
+
+def _with_origins(sites: list[FFNSite]) -> tuple[FFNSite, ...]:
+    """The sites with what they share; one that shares its down and not the rest is left out: it has no order."""
+    firsts: dict[int, FFNSite] = {}
+    shared: set[int] = set()
+    each = []
+    for site in sites:
+        key = _weights_of(site)[-1]
+        first = firsts.setdefault(key, site)
+        if first is not site:
+            if _weights_of(first) != _weights_of(site):
+                continue
+            tied = frozenset(parameter.path for parameter in site.beside if id(parameter.value) in shared)
+            site = replace(site, origin=first, tied=tied)
+        shared |= {id(parameter.value) for parameter in site.beside}
+        each.append(site)
+    return tuple(each)
+
+
+def _weights_of(site: FFNSite) -> list[int]:
+    weights = [getattr(linear, "weight", None) for linear in site.linears]
+    return [
+        id(weight if isinstance(weight, Tensor) else linear)
+        for weight, linear in zip(weights, site.linears, strict=True)
+    ]
 
 
 def _decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
