@@ -35,7 +35,10 @@ def random_policy(runtime: SedacRuntime, cut: Cut, *, seed: int = 0, compensate:
         rows.append((*row, OperatingPoint(f)))
         compensations.append(_compensation(rows[-1], site.hidden_size, generator) if compensate else None)
     layers = runtime.checkpoint_layers
-    order = tuple(torch.randperm(site.intermediate_size, generator=generator) for site in runtime.sites)
+    order = tuple(
+        None if site.origin is not None else torch.randperm(site.intermediate_size, generator=generator)
+        for site in runtime.sites
+    )
     return Policy(
         cut=cut,
         objective="latency" if cut == "select" else "throughput",

@@ -76,7 +76,12 @@ def test_a_shared_ffn_is_one_site():
     tied, first = model.model.layers[2].mlp, model.model.layers[0].mlp
     for name in ("gate_proj", "up_proj", "down_proj"):
         tied.get_submodule(name).weight = first.get_submodule(name).weight
-    assert [site.layer_idx for site in find_sites(model).sites] == [0, 1]
+    sites = find_sites(model).sites  # modules of their own with tied weights: each is cut by itself
+    assert [site.layer_idx for site in sites] == [0, 1, 2]
+    assert [site.origin for site in sites] == [None, None, sites[0]]
+    tied.down_proj.weight = nn.Parameter(first.down_proj.weight.clone())
+    first.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+    assert [site.layer_idx for site in find_sites(model).sites] == [0, 2]  # down alone is tied: no order would do
 
 
 def test_low_precision_weights_are_verified_too():
@@ -138,14 +143,17 @@ def test_a_formula_that_differs_is_not_believed():
     assert not site.plain_forward
 
 
-def test_norms_and_parameters_inside_make_it_no_ffn():
+def test_matrices_over_the_units_make_it_no_ffn():
 
     def layer(extra):
         return nn.ModuleDict({"temporal": nn.LayerNorm(16), "channel": Block(extra=extra)})
 
-    for extra in (nn.LayerNorm(40), nn.Conv1d(40, 40, 3), nn.Linear(40, 40)):
+    for extra in (nn.Conv1d(40, 40, 3), nn.Linear(40, 40)):
         with pytest.raises(UnsupportedModelError):
             find_sites(Foreign(layer(extra)))
+    (site,) = find_sites(Foreign(layer(nn.LayerNorm(40)))).sites  # a norm over the units: an FFN, but not a plain one
+    assert [parameter.path for parameter in site.beside] == ["extra.weight", "extra.bias"]
+    assert not site.plain_forward
     assert find_sites(Foreign(layer(nn.PReLU(1)))).sites  # one number is an activation's affair
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sedac_hf.calibration.allocation import SelectAllocation, TruncateAllocation
@@ -67,8 +68,11 @@ def truncate_allocation(
                 'with objective="latency", where the exact gate can decide'
             )
     worth = []
-    for site, power in zip(runtime.sites, statistics.power, strict=True):
+    for site in runtime.sites:
         norm = norms(site.parts()[2], dim=0).cpu()
+        # Tied weights have one order: by what their units do in all of their uses.
+        uses = [i for i, other in enumerate(runtime.sites) if (other.origin or other) is (site.origin or site)]
+        power = torch.stack([statistics.power[i] for i in uses]).mean(dim=0)
         worth.append(power.sqrt() * norm)
     order = tuple(values.argsort(descending=True, stable=True) for values in worth)
     runtime.weights.reorder(order)
@@ -80,7 +84,8 @@ def truncate_allocation(
     left_out = [float(np.square(values[point.width :]).sum()) for values, point in zip(ordered, points, strict=True)]
     compensation = [compensator(i, {1: point.width}, 2) for i, point in enumerate(points)]
     measured = sensitivities(runtime, windows, points, left_out, compensation=compensation, progress=progress)
-    return order, compensator, TruncateAllocation(ordered, measured, parameters, runtime.hidden_size, compensator.rank)
+    own = tuple(None if site.origin else places for site, places in zip(runtime.sites, order, strict=True))
+    return own, compensator, TruncateAllocation(ordered, measured, parameters, runtime.hidden_size, compensator.rank)
 
 
 def _rank(runtime: SedacRuntime, statistics: Statistics, n_levels: int, reserved: int) -> int:

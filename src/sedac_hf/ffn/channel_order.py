@@ -1,8 +1,9 @@
 """The channel order of an FFN: a lossless permutation of its hidden units, in place.
 
-Rows of gate and up (with their biases) and columns of down are permuted alike, so the FFN computes the same function
-up to the rounding of a sum; storages stay where they are, and the inverse restores every bit. A quantised weight is
-permuted in the tensors that it is kept in, where these show that it can be (one scale per output row, say).
+Rows of gate and up (with their biases), columns of down, and whatever else has an entry per unit are permuted alike,
+so the FFN computes the same function up to the rounding of a sum; storages stay where they are, and the inverse
+restores every bit. A quantised weight is permuted in the tensors that it is kept in, where these show that it can be
+(one scale per output row, say).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _TRIED = 16
 
 
 def apply_order(site: FFNSite, order: Tensor) -> None:
-    """Put unit ``order[j]`` of the present order at place j.
+    """Put unit ``order[j]`` of the present order at place j. Of a site that has an origin only what is its own moves:
+    its linears are the origin's.
 
     Args:
         site: the FFN; its linears must hold plain weights that can be read here.
@@ -44,7 +46,7 @@ def _put(site: FFNSite, places: Tensor) -> None:
             "quantised weights do not); use objective='latency' (select), which needs none"
         )
     f = site.intermediate_size
-    for linear in site.linears[:-1]:
+    for linear in site.linears[:-1] if site.origin is None else ():
         tensors = [(weight_of(linear), _unit_dim(site, linear))]
         bias = bias_of(linear)
         if bias is not None:
@@ -55,9 +57,18 @@ def _put(site: FFNSite, places: Tensor) -> None:
                 continue
             for lo in (0, f) if site.kind == "fused" else (0,):
                 site.shard.permute(tensor.detach().narrow(dim, lo, f), places, dim)
-    (permute if site.shard is None else site.shard.permute)(
-        weight_of(site.down).detach(), places, _unit_dim(site, site.down)
-    )
+    if site.origin is None:
+        (permute if site.shard is None else site.shard.permute)(
+            weight_of(site.down).detach(), places, _unit_dim(site, site.down)
+        )
+    for parameter in site.beside:
+        if parameter.path in site.tied:
+            continue
+        value = parameter.value.detach()
+        both = value.shape[parameter.dim] == 2 * f
+        vector = value.numel() == value.shape[parameter.dim]
+        order = torch.cat((places, places + f)) if both else places
+        permute(value.squeeze() if vector else value, order, 0 if vector else parameter.dim)
 
 
 def check_order(site: FFNSite, order: Tensor) -> None:
@@ -78,6 +89,11 @@ def undo_order(site: FFNSite, order: Tensor) -> None:
 def can_reorder(site: FFNSite) -> bool:
     """Whether `apply_order` can permute this FFN."""
     part = site.shard is not None
+    if any(
+        part or parameter.value.is_meta or not is_ordinary(parameter.value) or hasattr(parameter.module, "_hf_hook")
+        for parameter in site.beside
+    ):
+        return False
     return all(is_here(linear, part=part) and _can_permute(linear, _unit_dim(site, linear)) for linear in site.linears)
 
 

@@ -68,6 +68,12 @@ def forward_replacements(
     return pairs
 
 
+def masked_because(replacements: list[tuple[nn.Module, Callable[..., Any]]]) -> str | None:
+    """Why the forwards that `forward_replacements` gave cut by zeroing alone; None where they save."""
+    call: _Calls = replacements[0][1].__self__.call  # type: ignore[attr-defined]
+    return call.masked
+
+
 class _Scratch(threading.local):
     """What gate leaves for down within one FFN call. Per thread: two threads may run one model at once."""
 
@@ -92,12 +98,11 @@ class _Calls:
         self.site = site
         self.current = current
         self.scratch = _Scratch()
-        masked = why_masked(site)
-        if masked is not None and site.shard is not None:
-            raise UnsupportedModelError(f"the tensor-parallel FFN {site.name!r} cannot be cut: {masked}")
-        self.slices = masked is None
-        if masked is not None:
-            logger.warning_once(f"an FFN is cut by zeroing alone, which saves nothing: {masked}")
+        self.masked = why_masked(site)
+        if self.masked is not None and site.shard is not None:
+            raise UnsupportedModelError(f"the tensor-parallel FFN {site.name!r} cannot be cut: {self.masked}")
+        if self.masked is not None:
+            logger.warning_once(f"an FFN is cut by zeroing alone, which saves nothing: {self.masked}")
 
     def cut(self) -> SiteCut | None:
         """The cut of this call; None where every token is whole."""
@@ -107,7 +112,7 @@ class _Calls:
     def emitted(self, cut: SiteCut) -> int:
         """How many units gate and up emit."""
         f = self.site.intermediate_size
-        return max(widest(cut, f), min(_LEAST_EMITTED, f)) if self.slices else f
+        return max(widest(cut, f), min(_LEAST_EMITTED, f)) if self.masked is None else f
 
 
 def _exact_gate(cut: SiteCut) -> ExactGate | None:

@@ -32,7 +32,8 @@ class Policy:
         schedule: operating points per FFN and level.
         probes: one per checkpoint layer.
         risk_scale: x0 per checkpoint, nats.
-        channel_order: per FFN int64 [f] or None (natural); None: all natural.
+        channel_order: per FFN int64 [f] or None (natural; or its origin's, where its weights are tied to an earlier
+            FFN's); None: all natural.
         compensation: per FFN; None: none at all.
         typical_level: the level that most calibration tokens were given.
         shadow_bits: of the shadow that its thresholds on the importance are for; 0: the exact gate.
@@ -77,6 +78,11 @@ class Policy:
             if values is not None and len(values) != len(sites):
                 raise ConfigError(f"`{name}` needs one entry per FFN: {len(sites)}, got {len(values)}")
         for site, order in zip(sites, self.channel_order or (), strict=False):
+            if order is not None and site.origin is not None:
+                raise ConfigError(
+                    f"`channel_order` must be None for {site.name!r}, which has its weights, and so its order, from "
+                    f"{site.origin.name!r}; got one of its own"
+                )
             if order is not None:
                 check_order(site, order)
         for site, item, row in zip(sites, self.compensation or (), self.schedule.points, strict=False):
@@ -97,7 +103,7 @@ class Policy:
             compensation = None if self.compensation is None else self.compensation[i]
             if site.shard is not None:
                 shard = site.shard
-                if order is None and any(0 < point.width < shard.units for point in row):
+                if order is None and site.origin is None and any(0 < point.width < shard.units for point in row):
                     order = torch.arange(shard.units)
                 row = tuple(point._replace(width=shard.width(point.width)) for point in row)
                 compensation = compensation and compensation.part(shard, dealt=order is not None)

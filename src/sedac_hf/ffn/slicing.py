@@ -22,12 +22,17 @@ def why_masked(site: FFNSite) -> str | None:
     for linear in site.linears:
         if not slices_of(linear).prefix:
             return f"it is {describe(linear)}, which cannot be read in slices"
+    if site.beside:
+        names = ", ".join(parameter.path for parameter in site.beside)
+        return f"{type(site.owner).__name__} has other parameters over its hidden units ({names})"
     return None if slicing_is_exact(site) else f"the forward of {type(site.owner).__name__} mixes the units"
 
 
 def slicing_is_exact(site: FFNSite) -> bool:
     """Whether emitting the first k units equals zeroing the others. Where that can't be tried (the weights are not
     here, the owner is a whole layer) separate linears are trusted and a fused one is not."""
+    if site.beside:
+        return False
     if site.plain_forward:
         return not (site.kind == "fused" and not all(is_here(linear) for linear in site.linears))
     trusted = site.kind != "fused"

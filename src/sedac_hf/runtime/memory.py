@@ -79,7 +79,8 @@ def memory_use(model: nn.Module, policy: Policy | None, shadow: int, share: floa
 
 def shadow_bytes(sites: Sequence[FFNSite], bits: int) -> int:
     """Bytes of the shadows of all FFNs, on all ranks."""
-    return sum(Shadow.bytes_for(site, bits) * (1 if site.shard is None else site.shard.ranks) for site in sites)
+    own = [site for site in sites if site.origin is None]  # tied weights have one shadow
+    return sum(Shadow.bytes_for(site, bits) * (1 if site.shard is None else site.shard.ranks) for site in own)
 
 
 def shadow_bits_within(sites: Sequence[FFNSite], budget: int) -> int:

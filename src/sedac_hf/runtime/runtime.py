@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from sedac_hf.configuration import DEFAULT_EXTRA_MEMORY, check_extra_memory, def
 from sedac_hf.control import make_controller, strip_planner
 from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
-from sedac_hf.ffn.coupled import forward_replacements
+from sedac_hf.ffn.coupled import forward_replacements, masked_because
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import find_sites
@@ -107,6 +108,7 @@ class SedacRuntime:
         self._controller: Controller | None = None
         self.weights = PreparedWeights(self.sites, kernels=("rust", "triton") if engine == "auto" else (engine,))
         self._attachment: Attachment | None = None
+        self.masked: tuple[str, ...] = ()  # why, of each FFN that was last attached to be cut by zeroing alone
         self.decode_linears: tuple[DecodeLinear, ...] = ()
         self.whole_depth = 0  # `full_width` blocks entered and not left
         self.forcing: Forced | None = None
@@ -260,6 +262,7 @@ class SedacRuntime:
             return
         attachment, execution = Attachment(), self.captured.fresh()
         kernels = self.weights.uses_kernels and self.policy is not None
+        masked = []
         try:
             attachment.around_forward(self.model, execution.begin, execution.end)
             for idx, layer in enumerate(self.checkpoint_layers):
@@ -268,6 +271,7 @@ class SedacRuntime:
                 cuts = execution.site_cuts
                 cut, decoded = functools.partial(cuts.cut, i), functools.partial(cuts.decoded, i)
                 replacements = forward_replacements(site, cut, decoded if kernels else None)
+                masked.append(masked_because(replacements))
                 attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()
             if kernels:
@@ -279,6 +283,7 @@ class SedacRuntime:
             attachment.detach()
             raise
         self._attachment = attachment
+        self.masked = tuple(reason for reason in masked if reason is not None)
 
     def detach(self) -> None:
         """Take every hook and replaced forward away; the channel order stays."""
@@ -370,7 +375,12 @@ class SedacRuntime:
     def stats(self) -> SedacStats:
         """Totals since the last `reset_stats`."""
         self.captured.flush()
-        return replace(self.tally.snapshot(), memory=self.memory().to_dict(), strip_costs=strip_costs())
+        return replace(
+            self.tally.snapshot(),
+            memory=self.memory().to_dict(),
+            strip_costs=strip_costs(),
+            masked=dict(Counter(self.masked)),
+        )
 
 
 def _risks_matter(controller: Controller) -> bool:

@@ -58,6 +58,8 @@ def print_summary(runtime: SedacRuntime, law: Mapping[str, Any], stats: SedacSta
     )
     for kind, origin in stats.strip_costs.items():
         console.print(f"strips are cut by {origin} costs: {kind}")
+    for reason, count in stats.masked.items():
+        console.print(f"{count} FFN(s) are computed whole and cut by zeroing, which saves nothing: {reason}")
     for choice, count in stats.choices.items():
         console.print(f"generate, {count} call(s): {choice}")
 

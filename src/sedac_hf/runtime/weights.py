@@ -39,6 +39,9 @@ class PreparedWeights:
 
     def __init__(self, sites: Sequence[FFNSite], *, kernels: Collection[str]) -> None:
         self.sites = tuple(sites)
+        places = {id(site): i for i, site in enumerate(self.sites)}
+        # For each site, the one whose order, shadow and kernel it has: where weights are tied, the first with them.
+        self._first = tuple(places[id(site.origin or site)] for site in self.sites)
         self.uses_kernels = "rust" in kernels and available()
         self._uses_triton = "triton" in kernels
         self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
@@ -61,13 +64,17 @@ class PreparedWeights:
         """Bytes that the deciders hold, on all ranks of a tensor-parallel base."""
         held = 0
         for site, shadow in zip(self.sites, self.shadows, strict=True):
+            if site.origin is not None:
+                continue
             held += 0 if shadow is None else shadow.held_bytes * (1 if site.shard is None else site.shard.ranks)
         return held
 
     def reorder(self, orders: Sequence[Tensor | None] | None) -> None:
-        """Put the units of each FFN in a new order (None: leave); if one fails, those done are taken back."""
+        """Put the units of each FFN in a new order (None: leave); if one fails, those done are taken back. FFNs whose
+        weights are tied to an earlier one's have its order."""
         if orders is None:
             return
+        orders = [orders[first] for first in self._first]
         done: list[tuple[FFNSite, Tensor]] = []
         try:
             for site, order in zip(self.sites, orders, strict=True):
@@ -133,16 +140,18 @@ class PreparedWeights:
         Weights that cannot be read here (4-bit, offloaded, wrapped) get no copy: their exact gate decides.
         """
         self._kernels = self._no_kernels()
-        self.shadows = [decider(site, bits) for site in self.sites]
-        for shadow in self.shadows:
+        made = {i: decider(self.sites[i], bits) for i in sorted(set(self._first))}
+        self.shadows = [made[first] for first in self._first]
+        for shadow in made.values():
             # In place of the plain layout: a shadow has no second copy either.
             if isinstance(shadow, Shadow) and self.uses_kernels:
                 shadow.interleave()
 
     def kernel(self, site: int) -> DecodeKernel | None:
         """The compiled kernel of an FFN on its weights as they lie now; None where the kernels can't run it."""
-        if not (self.uses_kernels or self._uses_triton):
+        if not (self.uses_kernels or self._uses_triton) or not self.sites[site].plain_forward:
             return None
+        site = self._first[site]
         known = self._kernels[site]
         if known is not None:
             for held, name, address, size in known[0]:

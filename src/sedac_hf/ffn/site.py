@@ -1,0 +1,113 @@
+"""What describes one FFN of a decoder, and all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.linears import bias_of, rows
+from sedac_hf.ffn.sharded import Shard
+from sedac_hf.ffn.verify import Parts
+from sedac_hf.ops.contract import FFNWeights
+
+Kind = Literal["gated", "fused", "plain"]
+
+
+class UnitParameter(NamedTuple):
+    """A parameter beside an FFN's linears, with an entry per hidden unit (or one in each of two halves) in ``dim``: of
+    a norm over the units, of an adapter that adds to them.
+
+    path: its name as seen from the site's owner.
+    """
+
+    path: str
+    module: nn.Module
+    dim: int
+
+    @property
+    def value(self) -> Tensor:
+        """The live parameter."""
+        return cast(Tensor, getattr(self.module, self.path.rpartition(".")[2]))
+
+
+@dataclass(frozen=True, eq=False)
+class FFNSite:
+    """One FFN of a decoder.
+
+    kind "gated": gate, up and down; "fused": ``up`` is the one linear of gate and up, ``gate`` is None; "plain": up
+    and down. Sizes come from the weights. ``activation`` is None when it can't be read. ``plain_forward``: the owner's
+    forward was seen to be ``down(act(gate x) * up x)`` (plain: ``down(act(up x))``) on numbers, and its weights may be
+    read directly. ``beside``: the owner's other parameters that have an entry per unit. ``origin``: the first site
+    with the same weights, where they are tied to another module's; ``tied``: paths of those of ``beside`` that an
+    earlier site has too. ``shard``: how a tensor-parallel FFN is dealt out; its linears then count as what this
+    process holds of them.
+    """
+
+    layer_idx: int
+    name: str
+    owner: nn.Module
+    kind: Kind
+    gate: nn.Module | None
+    up: nn.Module
+    down: nn.Module
+    hidden_size: int
+    intermediate_size: int
+    activation: Callable[[Tensor], Tensor] | None = None
+    plain_forward: bool = False
+    fused_gate_first: bool = field(default=True, repr=False)
+    beside: tuple[UnitParameter, ...] = field(default=(), repr=False)
+    origin: FFNSite | None = field(default=None, repr=False)
+    tied: frozenset[str] = field(default=frozenset(), repr=False)
+    shard: Shard | None = field(default=None, repr=False)
+
+    @property
+    def total_units(self) -> int:
+        """Units over all tensor-parallel ranks; ``intermediate_size`` counts those that this process holds."""
+        return self.intermediate_size if self.shard is None else self.shard.units
+
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        """The site's linears, gate first, down last."""
+        return tuple(linear for linear in (self.gate, self.up, self.down) if linear is not None)
+
+    def weights(self) -> FFNWeights:
+        """Views of the live weights, as they are now.
+
+        Raises:
+            UnsupportedModelError: the activation can't be read.
+        """
+        if self.activation is None:
+            raise UnsupportedModelError(
+                f"the FFN {self.name!r} has no activation that can be read: looked for a callable attribute of "
+                f"{type(self.owner).__name__} that reproduces its output; cut it through its linears instead"
+            )
+        gate, up, down, gate_bias, up_bias, down_bias = self.parts()
+        return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, self.activation)
+
+    def parts(self) -> Parts:
+        """Views of gate, up, down and their biases, as in `FFNWeights`."""
+        up, bias, f = rows(self.up), bias_of(self.up), self.intermediate_size
+        if self.kind == "fused":
+            first, second = slice(0, f), slice(f, 2 * f)
+            gate, rest = (first, second) if self.fused_gate_first else (second, first)
+            biases: tuple[Tensor | None, Tensor | None] = (None, None)
+            if bias is not None:
+                biases = bias[gate], bias[rest]
+            return up[gate], up[rest], rows(self.down), *biases, bias_of(self.down)
+        if self.gate is None:
+            return None, up, rows(self.down), None, bias, bias_of(self.down)
+        return rows(self.gate), up, rows(self.down), bias_of(self.gate), bias, bias_of(self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSites:
+    """The decoder layers of a model and their FFNs, in layer order. Layers without an FFN have no site."""
+
+    decoder_layers: tuple[nn.Module, ...]
+    layer_names: tuple[str, ...]
+    hidden_size: int
+    sites: tuple[FFNSite, ...]
