@@ -37,13 +37,14 @@ logger = logging.get_logger(__name__)
 
 Current = Callable[[], "SiteCut | None"]
 Decode = Callable[[Tensor], "Tensor | None"]
+Uneven = Callable[[int], "SiteCut | None"]
 
 # Some classes split or view the hidden units; an empty tensor would break them.
 _LEAST_EMITTED = 8
 
 
 def forward_replacements(
-    site: FFNSite, current: Current, decode: Decode | None = None
+    site: FFNSite, current: Current, decode: Decode | None = None, uneven: Uneven | None = None
 ) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a site and the forwards that cut it.
 
@@ -51,13 +52,14 @@ def forward_replacements(
         site: the FFN.
         current: the cut of the forward pass that calls it, asked at each call; None runs the original forwards.
         decode: asked first for a recognised FFN's output, in the input's shape; None leaves the call to the others.
+        uneven: asked, with a call's number of rows, where that is not the cut's number of tokens; None: run whole.
 
     Returns:
         (module, forward) pairs. Install each as ``module.forward``, or as accelerate's ``_old_forward`` where the
         module is hooked; restoring what was there undoes everything. The forwards are bound methods, so a deep copy of
         the model is cut by a deep copy of them.
     """
-    call = _Calls(site, current)
+    call = _Calls(site, current, uneven)
     pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
     if site.gate is not None:
         pairs.append((site.gate, _Producer(call, site.gate, gives_x=True).forward))
@@ -94,9 +96,10 @@ class _Scratch(threading.local):
 class _Calls:
     """What the replacements of one site share: the site, where its cut comes from, and whether slices are right."""
 
-    def __init__(self, site: FFNSite, current: Current) -> None:
+    def __init__(self, site: FFNSite, current: Current, uneven: Uneven | None) -> None:
         self.site = site
         self.current = current
+        self._uneven = uneven
         self.scratch = _Scratch()
         self.masked = why_masked(site)
         if self.masked is not None and site.shard is not None:
@@ -107,6 +110,11 @@ class _Calls:
     def cut(self) -> SiteCut | None:
         """The cut of this call; None where every token is whole."""
         cut = self.current()
+        return None if cut is None or is_whole(cut, self.site.intermediate_size) else cut
+
+    def uneven(self, n: int) -> SiteCut | None:
+        """The cut of a call of ``n`` rows, which are not the tokens of `cut`; None where every row is whole."""
+        cut = None if self._uneven is None else self._uneven(n)
         return None if cut is None or is_whole(cut, self.site.intermediate_size) else cut
 
     def emitted(self, cut: SiteCut) -> int:
@@ -145,7 +153,9 @@ class _Producer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         cut = self.call.cut()
-        if cut is None or _rows_of(x) != cut.plan.n_tokens:
+        if cut is not None and _rows_of(x) != cut.plan.n_tokens:
+            cut = self.call.uneven(_rows_of(x))
+        if cut is None:
             return self.original(x, *args, **kwargs)
         output = self._emit(x, cut, *args, **kwargs)
         if self.gives_x and cut.chooses:
@@ -182,9 +192,11 @@ class _Consumer:
             return self.original(h, *args, **kwargs)
         n = _rows_of(h)
         if n != cut.plan.n_tokens:
-            # Whose row is whose is unknown: nobody gets less than the widest token's units.
-            cut.record(engine="mismatch", tokens=n, needed=n * k, read=k, computed=n * k)
-            return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
+            uneven = self.call.uneven(n)
+            if uneven is None:  # whose row is whose is unknown: nobody gets less than the widest token's units
+                cut.record(engine="mismatch", tokens=n, needed=n * k, read=k, computed=n * k)
+                return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
+            cut = uneven
         if n == 0:
             return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
         flat = h.reshape(n, k)
@@ -238,7 +250,9 @@ class _Owner:
             or x.dtype != weight_of(site.down).dtype
             or torch.is_autocast_enabled(x.device.type)
         )
-        if unusual or cut is None or _rows_of(x) != cut.plan.n_tokens:
+        if cut is not None and _rows_of(x) != cut.plan.n_tokens:
+            cut = self.call.uneven(_rows_of(x))
+        if unusual or cut is None:
             return self.original(x, *args, **kwargs)
         # The kernel's views may have been made without gradients.
         kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights

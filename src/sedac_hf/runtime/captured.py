@@ -29,7 +29,7 @@ from sedac_hf.runtime.captured_sites import CapturedSite
 from sedac_hf.runtime.captured_stats import CapturedTotals
 from sedac_hf.runtime.execution import Execution
 from sedac_hf.runtime.forward_pass import call_shape, current_generation
-from sedac_hf.runtime.observation import hidden_of
+from sedac_hf.runtime.observation import token_rows
 
 if TYPE_CHECKING:
     from sedac_hf.ffn.policy import Policy
@@ -46,6 +46,7 @@ class CapturedPass:
         self.state: Tensor | None = None
         self.levels: Tensor | None = None
         self.next_checkpoint = 0
+        self.shape: tuple[int, int] | None = None
         self.x: Tensor | None = None  # an FFN's input, from its first linear to down
         self.z: Tensor | None = None  # the gate's output, where the gate itself decides
 
@@ -193,6 +194,7 @@ class CapturedExecution(Execution):
         self.current.state = None if shape is None or self.whole else self.law.begin(shape[0] * shape[1])
         self.current.levels = None
         self.current.next_checkpoint = 0
+        self.current.shape = shape
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.tracing:
@@ -203,17 +205,15 @@ class CapturedExecution(Execution):
         if not self.tracing:
             return super().decide(idx, module, args, output)
         current, runtime = self.current, self._runtime
-        hidden = hidden_of(output)
+        hidden = token_rows(output, runtime.hidden_size, current.shape)
         expected, current.next_checkpoint = current.next_checkpoint, idx + 1
-        if current.state is None or hidden is None:
+        if current.state is None:
             return
-        known = hidden.shape[-1] == runtime.hidden_size and hidden[..., 0].numel() == current.state.numel()
-        if not known or idx != expected:
+        if hidden is None or hidden.shape[0] != current.state.numel() or idx != expected:
             current.state = current.levels = None  # cannot be read: full width for the rest of the pass
             return
         if runtime.probes_decide and runtime.probes is not None:
-            rows = hidden.reshape(-1, runtime.hidden_size)
-            risk = runtime.probes.risk(runtime.checkpoint_layers[idx], rows).detach().float()
+            risk = runtime.probes.risk(runtime.checkpoint_layers[idx], hidden).detach().float()
         else:
             risk = torch.zeros(current.state.shape, device=hidden.device)
         risk_q = self.law.quantise(idx, risk)

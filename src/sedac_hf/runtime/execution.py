@@ -13,13 +13,14 @@ from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass
-from sedac_hf.runtime.observation import hidden_of
+from sedac_hf.runtime.observation import hidden_of, token_rows
 from sedac_hf.runtime.site_cuts import SiteCuts
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 
+_OTHER_ROWS = "its layers see other rows than there are input tokens"
 _OUT_OF_ORDER = "its layers do not run one after the other, each of them once"
 
 
@@ -40,7 +41,8 @@ class Execution:
         """Before the model's forward: open a pass."""
         runtime = self._runtime
         shape = call_shape(args, dict(kwargs))
-        state = ForwardPass(runtime, 0 if shape is None else shape[0] * shape[1], previous=current_pass.get())
+        n_tokens = 0 if shape is None else shape[0] * shape[1]
+        state = ForwardPass(runtime, n_tokens, shape=shape, previous=current_pass.get())
         current_pass.set(state)
         if shape is None:
             state.whole = True
@@ -116,11 +118,15 @@ class Execution:
         if idx != expected:
             state.irregular = _OUT_OF_ORDER
         if state.whole or runtime.forcing is not None:
+            if state.prompt is not None:  # decode steps follow, and whoever captures them wants to know
+                self._look(state, output)
             return
         hidden = hidden_of(output)
-        if hidden is None or hidden.shape[-1] != runtime.hidden_size or hidden[..., 0].numel() != state.n_tokens:
-            self._give_up(state)  # a layer output that cannot be read
-            return
+        size = runtime.hidden_size
+        if hidden is None or hidden.shape[-1] != size or hidden.numel() != state.n_tokens * size:
+            hidden = self._other_rows(state, output)
+            if hidden is None:
+                return
         if idx > expected:
             self._give_up(state)  # the law knows no cascade with a checkpoint left out
             return
@@ -141,6 +147,29 @@ class Execution:
                 idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels
             )
         state.plan = self.site_cuts.plan(levels)
+
+    def _look(self, state: ForwardPass, output: Any) -> None:
+        rows = token_rows(output, self._runtime.hidden_size, state.shape)
+        if rows is None or rows.shape[0] != state.n_tokens:
+            state.irregular = _OTHER_ROWS
+
+    def _other_rows(self, state: ForwardPass, output: Any) -> Tensor | None:
+        """Hidden states [n, d] that are not one row per token of the call as they come; None: the rest is whole."""
+        runtime = self._runtime
+        rows = token_rows(output, runtime.hidden_size, state.shape)
+        if rows is None or (state.decided and rows.shape[0] != state.n_tokens):
+            self._give_up(state)  # a layer output that cannot be read
+            return None
+        if rows.shape[0] != state.n_tokens:
+            state.irregular = _OTHER_ROWS
+            runtime.tally.recount(rows.shape[0] - state.n_tokens)
+            state.n_tokens = rows.shape[0]
+            state.fixed_plans.clear()
+            if state.prompt is not None:  # which rows are the prompt's is not known: take them all for it
+                state.prompt, state.whole = None, True
+                return None
+            state.controller_state = runtime.controller.begin(state.n_tokens)
+        return rows
 
     def _give_up(self, state: ForwardPass) -> None:
         """Full width for the rest of the pass, counted."""

@@ -62,6 +62,10 @@ class Forced:
 class ForwardPass:
     """One forward of the base model over ``n_tokens`` = batch x sequence tokens, flattened in order.
 
+    Where the hidden states have other rows than the call has tokens (audio codebooks, prompts that the model adds,
+    padding to a multiple), ``n_tokens`` counts those rows from the first checkpoint on; ``shape`` stays (B, S) of the
+    call.
+
     prompt: bool [n_tokens], tokens that run at full width because they belong to the prompt; None: none do.
     whole: every FFN runs untouched in this pass.
     plan: the levels in force, None before the first checkpoint.
@@ -70,6 +74,7 @@ class ForwardPass:
     torch_alone: torch is kept to one thread during this pass.
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
     by_time: a module runs where it was measured to be quicker than its kernel.
+    uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     recorded: sites whose call has been counted.
     Counted together when the pass ends, which is quicker where a pass is short: decided, (checkpoint_idx, risks,
@@ -85,10 +90,12 @@ class ForwardPass:
     threads: int = 0
     by_time: bool = False
     controller_state: Any = None
+    shape: tuple[int, int] | None = None
     plan: LevelPlan | None = None
     next_checkpoint: int = 0
     irregular: str | None = None
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
+    uneven: dict[int, ForwardPass] | None = None
     previous: ForwardPass | None = None
     recorded: set[int] = field(default_factory=set)
     decided: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.runtime.forward_pass import call_shape
 from sedac_hf.runtime.hooks import Attachment
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ def observing(
     before, runtime.on_decision = runtime.on_decision, on_decision or runtime.on_decision
     try:
         if on_checkpoint is not None:
+            call: list[tuple[int, int] | None] = [None]
+            attachment.around_forward(runtime.model, functools.partial(_keep_shape, call), _nothing)
             for idx, layer in enumerate(runtime.checkpoint_layers):
                 attachment.after_forward(
-                    runtime.decoder_layers[layer], functools.partial(_show_checkpoint, on_checkpoint, idx)
+                    runtime.decoder_layers[layer],
+                    functools.partial(_show_checkpoint, on_checkpoint, idx, runtime.hidden_size, call),
                 )
         if on_ffn is not None:
             for i, site in enumerate(runtime.sites):
@@ -60,6 +64,30 @@ def counting_layers(runtime: SedacRuntime) -> Iterator[list[int]]:
         yield runs
     finally:
         attachment.detach()
+
+
+def token_rows(output: Any, hidden_size: int, shape: tuple[int, int] | None) -> Tensor | None:
+    """The hidden state of each token, [n, d], in a decoder layer's output; None where it cannot be told.
+
+    Several residual streams, [m, B, S, d], [B, S, m, d] or [B, S, m * d], are averaged. Where B = S = m nothing tells
+    the first two from each other.
+
+    Args:
+        shape: (B, S) of the model's call, where it is known.
+    """
+    hidden = hidden_of(output)
+    if hidden is None or not hidden.shape[-1] or hidden.shape[-1] % hidden_size:
+        return None
+    if hidden.dim() < 4 and hidden.shape[-1] == hidden_size:
+        return hidden.reshape(-1, hidden_size)
+    if hidden.dim() < 4:
+        return hidden.reshape(-1, hidden.shape[-1] // hidden_size, hidden_size).mean(1)
+    if hidden.dim() > 4 or hidden.shape[-1] != hidden_size or shape is None:
+        return None
+    first, last = tuple(hidden.shape[1:3]) == shape, tuple(hidden.shape[:2]) == shape
+    if hidden.numel() == shape[0] * shape[1] * hidden_size and (first or last):  # a single stream
+        return hidden.reshape(-1, hidden_size)
+    return None if first == last else hidden.mean(0 if first else 2).reshape(-1, hidden_size)
 
 
 def hidden_of(output: Any) -> Tensor | None:
@@ -87,10 +115,28 @@ def _count(runs: list[int], idx: int, module: nn.Module, args: tuple[Any, ...], 
     runs[idx] += 1
 
 
-def _show_checkpoint(show: OnCheckpoint, idx: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    hidden = hidden_of(output)
+def _keep_shape(
+    call: list[tuple[int, int] | None], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    call[0] = call_shape(args, dict(kwargs))
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Nothing is wanted after the forward."""
+
+
+def _show_checkpoint(
+    show: OnCheckpoint,
+    idx: int,
+    hidden_size: int,
+    call: list[tuple[int, int] | None],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Any,
+) -> None:
+    hidden = token_rows(output, hidden_size, call[0])
     if hidden is not None:
-        show(idx, _rows(hidden))
+        show(idx, hidden.detach())
 
 
 def _show_plain(show: OnFFN, i: int, site: FFNSite, module: nn.Module, args: tuple[Any, ...]) -> None:

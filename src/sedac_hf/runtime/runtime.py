@@ -270,7 +270,8 @@ class SedacRuntime:
             for i, site in enumerate(self.sites):
                 cuts = execution.site_cuts
                 cut, decoded = functools.partial(cuts.cut, i), functools.partial(cuts.decoded, i)
-                replacements = forward_replacements(site, cut, decoded if kernels else None)
+                uneven = functools.partial(cuts.uneven, i)
+                replacements = forward_replacements(site, cut, decoded if kernels else None, uneven)
                 masked.append(masked_because(replacements))
                 attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()

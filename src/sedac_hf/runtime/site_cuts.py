@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,28 @@ class SiteCuts:
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
         return self._cut(i, state, runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None)
+
+    def uneven(self, i: int, n_tokens: int) -> SiteCut | None:
+        """The cut of a call of site i that has another number of rows than the pass has tokens, so that whose row is
+        whose is not known: where all tokens have one operating point, that; else None."""
+        runtime, state = self._runtime, current_pass.get()
+        if state is None or state.runtime is not runtime or state.whole or n_tokens == 0:
+            return None
+        forced = runtime.forcing
+        if forced is not None and forced.points is not None:
+            alike = True
+        elif runtime.segments[i] < 0:
+            alike = state.prompt is None
+        else:
+            alike = forced is not None and isinstance(forced.levels, int)
+        if not alike:
+            return None
+        if state.uneven is None:
+            state.uneven = {}
+        if n_tokens not in state.uneven:
+            state.uneven[n_tokens] = replace(state, n_tokens=n_tokens, fixed_plans={}, uneven=None)
+        kernel = runtime.weights.kernel(i) if n_tokens <= MAX_ROWS else None
+        return self._cut(i, state.uneven[n_tokens], kernel)
 
     def _cut(self, i: int, state: ForwardPass, kernel: DecodeKernel | None) -> SiteCut | None:
         runtime = self._runtime

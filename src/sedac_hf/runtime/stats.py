@@ -163,6 +163,11 @@ class Tally:
             self._totals.tokens += n_tokens
             self._totals.passes += 1
 
+    def recount(self, n_tokens: int) -> None:
+        """The pass that was begun last has so many tokens more (or fewer, below 0)."""
+        with self._lock:
+            self._totals.tokens += n_tokens
+
     def checkpoint(self, idx: int, exited: np.ndarray, ratio: np.ndarray, failed: int) -> None:
         """Decisions at one checkpoint: exited bool [n], ratio float32 [n]."""
         with self._lock:
