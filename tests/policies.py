@@ -30,6 +30,8 @@ def random_policy(runtime: SedacRuntime, cut: Cut, *, seed: int = 0, compensate:
             kept = 0.75 if runtime.segments[i] < 0 else level / N_LEVELS
             if importance is None:
                 row.append(OperatingPoint(align_width(kept * f, f)))
+            elif importance[i] is None:
+                row.append(OperatingPoint(f))
             else:
                 row.append(OperatingPoint(f, float(importance[i][importance[i] > 0].quantile(1 - kept))))
         rows.append((*row, OperatingPoint(f)))
@@ -74,7 +76,8 @@ def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBan
     return bank.requires_grad_(False).eval()
 
 
-def _importance(runtime: SedacRuntime) -> list[Tensor]:
+def _importance(runtime: SedacRuntime) -> list[Tensor | None]:
+    """Importance of the units of each FFN for random tokens; None for one that does not run."""
     shadows = [decider(site, 4) for site in runtime.sites]
     seen: dict[int, Tensor] = {}
 
@@ -83,7 +86,7 @@ def _importance(runtime: SedacRuntime) -> list[Tensor]:
 
     with runtime.observe(on_ffn=keep), torch.no_grad():
         runtime.model(token_ids(4, 16, seed=99))
-    return [seen[i] for i in range(len(runtime.sites))]
+    return [seen.get(i) for i in range(len(runtime.sites))]
 
 
 def _compensation(
