@@ -2,9 +2,9 @@
 //!
 //! A core reads several runs that lie far apart faster than one, or than rows that are neighbours. On an AMD EPYC
 //! (Zen 3, two threads, rows of 1,792 bytes in bf16) a linear map takes 1.8 times as long with four neighbours at a time
-//! as with rows of four runs, a whole FFN 1.3 times as long. So a block is seen as [`RUNS`] runs of equal length, and
-//! its units come as the first of each run, the second of each run, and so on; the order of those that are needed is
-//! the same whichever others are.
+//! as with rows of four runs, a whole FFN 1.3 times as long (two builds in turn, by hand). So a block is seen as [`RUNS`]
+//! runs of equal length, and its units come as the first of each run, the second of each run, and so on; the order of
+//! those that are needed is the same whichever others are.
 
 /// Runs of a block; 4 were not faster.
 pub(crate) const RUNS: usize = 2;

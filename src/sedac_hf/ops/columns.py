@@ -6,7 +6,7 @@ which are few. A bfloat16 FFN of 896 x 4864 took 0.88 of the usual time at 64 to
 also the kernels' tile of tokens. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
 
 Where oneDNN has no products of the type (bfloat16 on an AVX2 machine), torch's own come in, and are slow: 0.22 s for
-down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order. There the usual one is kept.
+down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order (timed by hand). There the usual one is kept.
 
 Shapes: units [k, n], one row per hidden unit; everything of one dtype, each product rounded once.
 """
