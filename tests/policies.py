@@ -7,12 +7,13 @@ from torch import Tensor
 
 from sedac_hf.configuration import Cut, LayerConfig
 from sedac_hf.ffn.compensation import LevelCompensation
+from sedac_hf.ffn.deciders import decider
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
+from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
-from sedac_hf.runtime.weights import decider
 from tests.tiny_models import token_ids
 
 N_LEVELS = 8
@@ -35,12 +36,10 @@ def random_policy(runtime: SedacRuntime, cut: Cut, *, seed: int = 0, compensate:
             else:
                 row.append(OperatingPoint(f, float(importance[i][importance[i] > 0].quantile(1 - kept))))
         rows.append((*row, OperatingPoint(f)))
-        compensations.append(_compensation(rows[-1], site.hidden_size, generator) if compensate else None)
+        rank = 2 if site.experts is None else 0
+        compensations.append(_compensation(rows[-1], site.hidden_size, generator, rank) if compensate else None)
     layers = runtime.checkpoint_layers
-    order = tuple(
-        None if site.origin is not None else torch.randperm(site.intermediate_size, generator=generator)
-        for site in runtime.sites
-    )
+    order = tuple(None if site.origin is not None else _random_order(site, generator) for site in runtime.sites)
     return Policy(
         cut=cut,
         objective="latency" if cut == "select" else "throughput",
@@ -53,6 +52,13 @@ def random_policy(runtime: SedacRuntime, cut: Cut, *, seed: int = 0, compensate:
         compensation=tuple(compensations) if compensate else None,
         typical_level=4,
     )
+
+
+def _random_order(site: FFNSite, generator: torch.Generator) -> Tensor:
+    f = site.intermediate_size
+    if site.experts is None:
+        return torch.randperm(f, generator=generator)
+    return torch.stack([torch.randperm(f, generator=generator) for _ in range(site.experts.count)])
 
 
 def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBank:
@@ -84,21 +90,25 @@ def _importance(runtime: SedacRuntime) -> list[Tensor | None]:
     def keep(site: int, x: Tensor, h: Tensor) -> None:
         seen[site] = shadows[site].importance(x).flatten()
 
-    with runtime.observe(on_ffn=keep), torch.no_grad():
+    def keep_expert(site: int, expert: int, x: Tensor, h: Tensor, weights: Tensor) -> None:
+        values = (shadows[site].importance(x, expert, h) * weights.abs()[:, None]).flatten()
+        seen[site] = torch.cat((seen.get(site, values[:0]), values))
+
+    with runtime.observe(on_ffn=keep, on_expert=keep_expert), torch.no_grad():
         runtime.model(token_ids(4, 16, seed=99))
     return [seen.get(i) for i in range(len(runtime.sites))]
 
 
 def _compensation(
-    points: tuple[OperatingPoint, ...], hidden_size: int, generator: torch.Generator
+    points: tuple[OperatingPoint, ...], hidden_size: int, generator: torch.Generator, rank: int
 ) -> LevelCompensation:
     bias = torch.randn(N_LEVELS + 1, hidden_size, generator=generator) * 0.05
     bias[N_LEVELS] = 0
     low_rank = {
         level: (
-            torch.randn(hidden_size, 2, generator=generator) * 0.05,
-            torch.randn(2, points[level].width, generator=generator) * 0.05,
+            torch.randn(hidden_size, rank, generator=generator) * 0.05,
+            torch.randn(rank, points[level].width, generator=generator) * 0.05,
         )
-        for level in (2, 5)
+        for level in ((2, 5) if rank else ())
     }
     return LevelCompensation(bias, low_rank, N_LEVELS)

@@ -27,7 +27,9 @@ def _select(seed: int, n_sites: int = 4, overhead: float = 0.09) -> SelectAlloca
 def _truncate(seed: int, rank: int = 4) -> TruncateAllocation:
     generator = np.random.default_rng(seed)
     worth = [np.sort(generator.exponential(1, UNITS))[::-1] * generator.uniform(0.1, 3) for _ in range(4)]
-    return TruncateAllocation(worth, generator.uniform(0.1, 10, 4), np.full(4, 3.0 * HIDDEN * UNITS), HIDDEN, rank)
+    return TruncateAllocation(
+        worth, generator.uniform(0.1, 10, 4), np.full(4, 3.0 * HIDDEN * UNITS), HIDDEN, [rank] * 4
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -71,7 +73,7 @@ def test_moving_units_between_ffns_does_not_lower_the_modelled_harm(seed: int) -
     generator = np.random.default_rng(seed)
     worth = [np.sort(generator.exponential(1, UNITS))[::-1] for _ in range(2)]
     sensitivity = generator.uniform(0.2, 5, 2)
-    allocation = TruncateAllocation(worth, sensitivity, np.full(2, 3.0 * HIDDEN * UNITS), HIDDEN, 0)
+    allocation = TruncateAllocation(worth, sensitivity, np.full(2, 3.0 * HIDDEN * UNITS), HIDDEN, [0, 0])
     a, b = (point.width for point in allocation.points(threshold_for(allocation, 0.6)))
 
     def harm(first: int, second: int) -> float:

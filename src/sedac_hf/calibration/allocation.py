@@ -45,6 +45,7 @@ class SelectAllocation:
         units: units per FFN.
         parameters: parameters of each whole FFN.
         overhead: cost of deciding, as a share of each FFN.
+        chosen: what a chosen unit costs beside that, as a share of all its parameters; default: 1.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class SelectAllocation:
         units: Sequence[int],
         parameters: np.ndarray,
         overhead: np.ndarray,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self._scale = np.sqrt(sensitivity)
         self._sorted = [np.asarray(values, dtype=np.float64) for values in importance]
         self._units = list(units)
         self.parameters = np.asarray(parameters, dtype=np.float64)
         self._overhead = np.asarray(overhead, dtype=np.float64)
+        self._chosen = np.ones(len(self._units)) if chosen is None else np.asarray(chosen, dtype=np.float64)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -77,7 +80,7 @@ class SelectAllocation:
             1 - np.searchsorted(values, threshold / scale) / len(values)
             for values, scale in zip(self._sorted, self._scale, strict=True)
         ]
-        return np.asarray(used) + self._overhead
+        return np.asarray(used) * self._chosen + self._overhead
 
 
 class TruncateAllocation:
@@ -88,7 +91,7 @@ class TruncateAllocation:
         sensitivity: c_i^2 per FFN.
         parameters: parameters of each whole FFN.
         hidden_size: rows of down.
-        rank: rank of the compensation.
+        ranks: of each FFN's compensation.
     """
 
     def __init__(
@@ -97,14 +100,14 @@ class TruncateAllocation:
         sensitivity: np.ndarray,
         parameters: np.ndarray,
         hidden_size: int,
-        rank: int,
+        ranks: Sequence[int],
     ) -> None:
         self._worth = [
             np.sort(np.asarray(values, dtype=np.float64)) * scale
             for values, scale in zip(worth, np.sqrt(sensitivity), strict=True)
         ]
         self.parameters = np.asarray(parameters, dtype=np.float64)
-        self._hidden_size, self._rank = hidden_size, rank
+        self._hidden_size, self._ranks = hidden_size, list(ranks)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -121,17 +124,19 @@ class TruncateAllocation:
 
     def shares(self, threshold: float) -> np.ndarray:
         shares = []
-        for point, values, whole in zip(self.points(threshold), self._worth, self.parameters, strict=True):
+        for point, values, whole, rank in zip(
+            self.points(threshold), self._worth, self.parameters, self._ranks, strict=True
+        ):
             f = len(values)
-            extra = self.extra_parameters(point.width, f)
+            extra = self.extra_parameters(point.width, f, rank)
             shares.append(point.width / f + extra / whole)
         return np.asarray(shares)
 
-    def extra_parameters(self, width: int, units: int) -> int:
+    def extra_parameters(self, width: int, units: int, rank: int) -> int:
         """Parameters of the compensation at a width."""
         if width >= units:
             return 0
-        return self._hidden_size + self._rank * (self._hidden_size + width)
+        return self._hidden_size + rank * (self._hidden_size + width)
 
 
 def threshold_for(allocation: Allocation, share: float, sites: Sequence[int] | None = None) -> float:

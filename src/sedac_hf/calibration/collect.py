@@ -23,7 +23,8 @@ class Statistics:
     """What one pass leaves, per FFN in site order, float32, units in natural order.
 
     power: E[h_j^2] [f]; mean: E[h_j] [f]; moment: E[h h^T] [f, f], or None where memory is short or it is not needed;
-    importance: sorted sample of the units' importances, or None.
+    importance: sorted sample of the units' importances, or None. Of experts, h is weighted by the router, 0 for tokens
+    that go elsewhere; power and mean are [E, f], and there are no moments.
     dense_perplexity: of the fit part.
     """
 
@@ -78,11 +79,18 @@ def collect(
     """
     sites = runtime.sites
     sizes = [site.intermediate_size for site in sites]
-    keep_moments = not select and 4 * sum(f * f for f in sizes) <= moment_bytes
+    single = [site.experts is None for site in sites]
+    keep_moments = (
+        not select and 4 * sum(f * f for f, alone in zip(sizes, single, strict=True) if alone) <= moment_bytes
+    )
     device = input_device(runtime.model)
-    zeros = [torch.zeros(f, device=device) for f in sizes]
+    shapes = [(f,) if site.experts is None else (site.experts.count, f) for f, site in zip(sizes, sites, strict=True)]
+    zeros = [torch.zeros(shape, device=device) for shape in shapes]
     power, mean = zeros, [z.clone() for z in zeros]
-    moment: list[Tensor | None] = [torch.zeros(f, f, device=device) if keep_moments else None for f in sizes]
+    moment: list[Tensor | None] = [
+        torch.zeros(f, f, device=device) if keep_moments and alone else None
+        for f, alone in zip(sizes, single, strict=True)
+    ]
     samples: list[list[Tensor]] = [[] for _ in sites]
     step = max(1, windows.n_tokens // _IMPORTANCE_ROWS)
     total_nll, seen = 0.0, 0
@@ -104,8 +112,22 @@ def collect(
             else:
                 second.add_((h.T @ h).to(second.device))
 
+    def on_expert(i: int, expert: int, x: Tensor, h: Tensor, weights: Tensor) -> None:
+        if select:
+            importance = runtime.weights.importance(i)
+            kept = slice(len(samples[i]) % step, None, step)  # an expert may have few rows of each batch
+            if importance is not None and x[kept].shape[0]:
+                worth = importance(x[kept], expert, h[kept]) * weights[kept].float().abs()[:, None]
+                samples[i].append(worth.flatten().float().cpu())
+            return
+        h = h.float() * weights.float()[:, None]
+        power[i] = power[i].to(h.device)
+        mean[i] = mean[i].to(h.device)
+        power[i][expert] += h.square().sum(0)
+        mean[i][expert] += h.sum(0)
+
     rows = 0
-    with runtime.observe(on_ffn=on_ffn):
+    with runtime.observe(on_ffn=on_ffn, on_expert=on_expert):
         for batch in stream(runtime, windows, progress, "statistics"):
             nll = nll_of_logits(scored_logits(runtime.model, batch), batch.targets)
             try:

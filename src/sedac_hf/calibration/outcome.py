@@ -130,7 +130,8 @@ def report_of(
     """Put the figures of one calibration together."""
     dial = settled.dial
     notes = []
-    if dial.cut == "truncate" and any(second is None for second in fitted.statistics.moment):
+    single = [i for i, site in enumerate(runtime.sites) if site.experts is None]
+    if dial.cut == "truncate" and any(fitted.statistics.moment[i] is None for i in single):
         notes.append("second moments need more than `moment_bytes`: compensation is a bias alone")
     if share is not None:
         notes.append("a share was asked for: the bound says what it costs, no budget was kept")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sedac_hf.errors import ConfigError, UnsupportedModelError
+from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.linears import bias_of, close, describe, inner_tensors, is_here, weight_of
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.contract import is_ordinary
@@ -27,13 +28,16 @@ def apply_order(site: FFNSite, order: Tensor) -> None:
 
     Args:
         site: the FFN; its linears must hold plain weights that can be read here.
-        order: int64 [f], a permutation.
+        order: int64 [f], a permutation; of experts int64 [E, f], one for each.
 
     Raises:
         UnsupportedModelError: the weights are quantised, offloaded, or not plain linears.
         ConfigError: ``order`` is no permutation of the site's units.
     """
     check_order(site, order)
+    if site.experts is not None:
+        _put_experts(site.experts, order)
+        return
     _put(site, order if site.shard is None else site.shard.dealt(order))
 
 
@@ -71,23 +75,54 @@ def _put(site: FFNSite, places: Tensor) -> None:
         permute(value.squeeze() if vector else value, order, 0 if vector else parameter.dim)
 
 
+@torch.no_grad()
+def _put_experts(experts: Experts, order: Tensor) -> None:
+    """Put unit ``order[e, j]`` of each expert e at place j."""
+    if not experts.readable:
+        raise UnsupportedModelError(
+            "experts must be in memory for their units to be put in another order, got offloaded ones; use "
+            "objective='latency' (select), which needs none"
+        )
+    for expert, places in enumerate(order):
+        for tensor, dim, per_unit in experts.unit_tensors(expert):
+            permute(tensor, _entries(places, per_unit), dim)
+
+
+def _entries(places: Tensor, per_unit: int) -> Tensor:
+    """Places of the entries of units that have one, two side by side (2) or one in each of two halves (-2)."""
+    if per_unit == 1:
+        return places
+    return (
+        torch.cat((places, places + len(places)))
+        if per_unit < 0
+        else torch.stack((2 * places, 2 * places + 1), 1).flatten()
+    )
+
+
 def check_order(site: FFNSite, order: Tensor) -> None:
     """Raise ConfigError unless ``order`` is a permutation of the site's units."""
     f = site.total_units
-    if order.shape != (f,) or not torch.equal(order.sort().values, torch.arange(f)):
+    shape = (f,) if site.experts is None else (site.experts.count, f)
+    if order.shape != shape or not torch.equal(order.sort(dim=-1).values, torch.arange(f).expand(shape)):
         raise ConfigError(
-            f"`order` must be a permutation of the {f} units of {site.name!r}, got shape {tuple(order.shape)}"
+            f"`order` must be a permutation of the {f} units of {site.name!r}, shape {shape}, got shape "
+            f"{tuple(order.shape)}"
         )
 
 
 def undo_order(site: FFNSite, order: Tensor) -> None:
     """Undo `apply_order` with the same ``order``."""
     check_order(site, order)
+    if site.experts is not None:
+        _put_experts(site.experts, order.argsort(dim=1))
+        return
     _put(site, torch.argsort(order if site.shard is None else site.shard.dealt(order)))
 
 
 def can_reorder(site: FFNSite) -> bool:
     """Whether `apply_order` can permute this FFN."""
+    if site.experts is not None:
+        return site.experts.readable
     part = site.shard is not None
     if any(
         part or parameter.value.is_meta or not is_ordinary(parameter.value) or hasattr(parameter.module, "_hf_hook")

@@ -9,20 +9,23 @@ is known run `sedac_hf.ops.cut_ffn` at the owner instead, with the coupled linea
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.linears import bias_of, original_forward, rows, sliced, weight_of
 from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.slicing import why_masked
 from sedac_hf.ops import SiteCut, cut_ffn
+from sedac_hf.ops.experts import ExpertKernels, cut_experts
 from sedac_hf.ops.tokens import (
     add_level_bias,
     add_low_rank,
@@ -44,7 +47,11 @@ _LEAST_EMITTED = 8
 
 
 def forward_replacements(
-    site: FFNSite, current: Current, decode: Decode | None = None, uneven: Uneven | None = None
+    site: FFNSite,
+    current: Current,
+    decode: Decode | None = None,
+    uneven: Uneven | None = None,
+    kernels: Callable[[], ExpertKernels | None] | None = None,
 ) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a site and the forwards that cut it.
 
@@ -52,6 +59,7 @@ def forward_replacements(
         site: the FFN.
         current: the cut of the forward pass that calls it, asked at each call; None runs the original forwards.
         decode: asked first for a recognised FFN's output, in the input's shape; None leaves the call to the others.
+        kernels: gives the compiled kernels of experts, where there are any.
         uneven: asked, with a call's number of rows, where that is not the cut's number of tokens; None: run whole.
 
     Returns:
@@ -60,6 +68,8 @@ def forward_replacements(
         the model is cut by a deep copy of them.
     """
     call = _Calls(site, current, uneven)
+    if site.experts is not None:
+        return [(site.owner, _ExpertsOwner(call, site.experts, kernels).forward)]
     pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
     if site.gate is not None:
         pairs.append((site.gate, _Producer(call, site.gate, gives_x=True).forward))
@@ -258,3 +268,33 @@ class _Owner:
         kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
         y = cut_ffn(x.reshape(-1, x.shape[-1]), kept or site.weights(), cut)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class _ExpertsOwner:
+    """Forward of a layer's experts: ``(x [n, d], index [n, k], weights [n, k]) -> [n, d]``."""
+
+    def __init__(self, call: _Calls, experts: Experts, kernels: Callable[[], ExpertKernels | None] | None) -> None:
+        self.call = call
+        self.experts = experts
+        self.kernels = kernels
+        self.original = original_forward(call.site.owner)
+        self._names = list(inspect.signature(type(call.site.owner).forward).parameters)[1:4]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cut = self.call.cut()
+        if cut is None:
+            return self.original(*args, **kwargs)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        routing = [given.get(name) for name in self._names]
+        if len(args) + len(kwargs) != 3 or not all(isinstance(part, Tensor) for part in routing):
+            return self.original(*args, **kwargs)
+        x, index, weights = cast("list[Tensor]", routing)
+        if x.dim() != 2 or x.dtype != self.experts.down.dtype or torch.is_autocast_enabled(x.device.type):
+            return self.original(*args, **kwargs)
+        if x.shape[0] != cut.plan.n_tokens:
+            cut = self.call.uneven(x.shape[0])
+        if cut is None:
+            return self.original(*args, **kwargs)
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.experts.down.requires_grad)
+        kernels = None if self.kernels is None or learns else self.kernels()
+        return cut_experts(x, index, weights, self.experts, cut, kernels)

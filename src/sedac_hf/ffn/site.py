@@ -9,12 +9,13 @@ from typing import Literal, NamedTuple, cast
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import bias_of, rows
+from sedac_hf.ffn.experts import Experts
+from sedac_hf.ffn.linears import bias_of, rows, weight_of
 from sedac_hf.ffn.sharded import Shard
 from sedac_hf.ffn.verify import Parts
 from sedac_hf.ops.contract import FFNWeights
 
-Kind = Literal["gated", "fused", "plain"]
+Kind = Literal["gated", "fused", "plain", "experts"]
 
 
 class UnitParameter(NamedTuple):
@@ -39,12 +40,13 @@ class FFNSite:
     """One FFN of a decoder.
 
     kind "gated": gate, up and down; "fused": ``up`` is the one linear of gate and up, ``gate`` is None; "plain": up
-    and down. Sizes come from the weights. ``activation`` is None when it can't be read. ``plain_forward``: the owner's
-    forward was seen to be ``down(act(gate x) * up x)`` (plain: ``down(act(up x))``) on numbers, and its weights may be
-    read directly. ``beside``: the owner's other parameters that have an entry per unit. ``origin``: the first site
-    with the same weights, where they are tied to another module's; ``tied``: paths of those of ``beside`` that an
-    earlier site has too. ``shard``: how a tensor-parallel FFN is dealt out; its linears then count as what this
-    process holds of them.
+    and down; "experts": many FFNs in one module, which stands for ``up`` and ``down`` too and has no linears, see
+    ``experts``. Sizes come from the weights; ``intermediate_size`` is that of one expert. ``activation`` is None when
+    it can't be read. ``plain_forward``: the owner's forward was seen to be ``down(act(gate x) * up x)`` (plain:
+    ``down(act(up x))``) on numbers, and its weights may be read directly. ``beside``: the owner's other parameters
+    that have an entry per unit. ``origin``: the first site with the same weights, where they are tied to another
+    module's; ``tied``: paths of those of ``beside`` that an earlier site has too. ``shard``: how a tensor-parallel FFN
+    is dealt out; its linears then count as what this process holds of them.
     """
 
     layer_idx: int
@@ -63,6 +65,7 @@ class FFNSite:
     origin: FFNSite | None = field(default=None, repr=False)
     tied: frozenset[str] = field(default=frozenset(), repr=False)
     shard: Shard | None = field(default=None, repr=False)
+    experts: Experts | None = field(default=None, repr=False)
 
     @property
     def total_units(self) -> int:
@@ -71,8 +74,15 @@ class FFNSite:
 
     @property
     def linears(self) -> tuple[nn.Module, ...]:
-        """The site's linears, gate first, down last."""
+        """The site's linears, gate first, down last; experts have none."""
+        if self.experts is not None:
+            return ()
         return tuple(linear for linear in (self.gate, self.up, self.down) if linear is not None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight of down (of all experts' downs), or as much of it as this process holds."""
+        return weight_of(self.down) if self.experts is None else self.experts.down
 
     def weights(self) -> FFNWeights:
         """Views of the live weights, as they are now.

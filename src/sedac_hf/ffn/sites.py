@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.experts import as_experts
 from sedac_hf.ffn.linears import linear_shape
 from sedac_hf.ffn.matching import layer_sites
 from sedac_hf.ffn.sharded import shard_of
@@ -28,7 +29,7 @@ def find_sites(model: nn.Module) -> ModelSites:
     """The FFNs that can be cut.
 
     A module that several layers share is one site (of the first layer); modules whose weights are tied are one site
-    each, the later ones with the first as their origin. Mixture-of-experts parameters are none.
+    each, the later ones with the first as their origin. All experts of a layer are one site.
 
     Raises:
         UnsupportedModelError: the decoder layers or an FFN in them can't be found; says what was looked for and seen.
@@ -38,7 +39,7 @@ def find_sites(model: nn.Module) -> ModelSites:
     found: list[FFNSite] = []
     seen: set[int] = set()
     for layer_idx, layer in enumerate(layers):
-        for site in layer_sites(layer, layer_idx, names):
+        for site in (*layer_sites(layer, layer_idx, names), *_expert_sites(layer, layer_idx, names)):
             if id(site.down) not in seen:
                 seen.add(id(site.down))
                 found.append(site)
@@ -47,10 +48,22 @@ def find_sites(model: nn.Module) -> ModelSites:
     # Side branches (low-rank updates, per-layer embeddings) have other widths than the residual stream.
     parameters = Counter[int]()
     for site in found:
-        parameters[site.hidden_size] += site.hidden_size * site.intermediate_size
+        count = 1 if site.experts is None else site.experts.count
+        parameters[site.hidden_size] += count * site.hidden_size * site.intermediate_size
     hidden_size = parameters.most_common(1)[0][0]
     sites = _with_origins([_completed(site) for site in found if site.hidden_size == hidden_size])
     return ModelSites(layers, tuple(names[id(layer)] for layer in layers), hidden_size, sites)
+
+
+def _expert_sites(layer: nn.Module, layer_idx: int, names: dict[int, str]) -> Iterator[FFNSite]:
+    for parent in layer.modules():
+        for module in parent.children():
+            experts = as_experts(module, parent)
+            if experts is not None:
+                yield FFNSite(
+                    layer_idx, names[id(module)], module, "experts", None, module, module, experts.hidden_size,
+                    experts.intermediate_size, activation=experts.activation, experts=experts,
+                )  # fmt: skip
 
 
 def _with_origins(sites: list[FFNSite]) -> tuple[FFNSite, ...]:
@@ -72,6 +85,8 @@ def _with_origins(sites: list[FFNSite]) -> tuple[FFNSite, ...]:
 
 
 def _weights_of(site: FFNSite) -> list[int]:
+    if site.experts is not None:
+        return [id(site.experts.first), id(site.experts.down)]
     weights = [getattr(linear, "weight", None) for linear in site.linears]
     return [
         id(weight if isinstance(weight, Tensor) else linear)
@@ -115,6 +130,8 @@ def _outer_lists(root: nn.Module) -> Iterator[nn.ModuleList]:
 
 def _completed(site: FFNSite) -> FFNSite:
     """The site with its activation, and with gate and up as its owner's forward really uses them."""
+    if site.experts is not None:
+        return site
     shard = shard_of(site.name, site.linears[:-1], site.down, site.intermediate_size)
     if shard is not None:  # no rank's weights alone give the owner's output: cut through its linears
         activation = named_activation(site.owner)
@@ -152,7 +169,7 @@ def _nothing_found(model: nn.Module, layers: tuple[nn.Module, ...]) -> str:
         "gate, up (hidden -> f) and down (f -> hidden); a fused gate_up (hidden -> 2f) and down; a pair up and down "
         "(torch.nn.Linear or Conv1D), in one module, in siblings or directly in the layer; in all cases with no other "
         "matrix that has a side of f"
-        + (". Its experts are 3-D parameters, which are not supported" if experts else "")
+        + (". Its experts have a forward of their own, which is not known here" if experts else "")
         + (". Pass a decoder with FFNs (attention or recurrent blocks with an FFN behind them)" if mixers else "")
     )
 

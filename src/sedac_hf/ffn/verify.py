@@ -37,9 +37,8 @@ def verified_formula(
             return None
         z_up = functional.linear(x, up, up_bias)
         z = z_up if gate is None else functional.linear(x, gate, gate_bias)
-        # The known functions are for classes that call theirs inline and name none.
-        for activation in (*_callables(owner), *KNOWN.values()):
-            h = _applied(activation, z)
+        for activation in activations_of(owner):
+            h = applied(activation, z)
             if h is None:
                 continue
             if close(got, functional.linear(h if gate is None else h * z_up, down, down_bias)):
@@ -70,6 +69,11 @@ def _called(owner: nn.Module, x: Tensor, extra: int) -> Tensor | None:
     return got if isinstance(got, Tensor) else None
 
 
+def activations_of(owner: nn.Module) -> tuple[Activation, ...]:
+    """What an owner's activation may be, likeliest first; known functions for classes that name none come last."""
+    return (*_callables(owner), *KNOWN.values())
+
+
 def named_activation(owner: nn.Module) -> Activation | None:
     """The activation that the owner names (act_fn, activation_fn, gelu_impl, ...), unverified; or None."""
     return next(_callables(owner, named_only=True), None)
@@ -84,7 +88,7 @@ def _callables(owner: nn.Module, *, named_only: bool = False) -> Iterator[Activa
         if isinstance(value, nn.Module) and (linear_shape(value) is not None or isinstance(value, nn.Dropout)):
             continue
         is_named = _ACTIVATION_NAME.search(name.rpartition(".")[2]) is not None
-        sample = _applied(value, _probe_for(value)) if is_named else None
+        sample = applied(value, _probe_for(value)) if is_named else None
         if is_named and sample is not None and bool(sample.isfinite().all()):
             named.append(value)
         elif not is_named and isinstance(value, nn.Module) and not any(True for _ in value.children()):
@@ -100,7 +104,8 @@ def _probe_for(value: object) -> Tensor:
     return probe if like is None else probe.to(like.device, like.dtype)
 
 
-def _applied(activation: Activation, z: Tensor) -> Tensor | None:
+def applied(activation: Activation, z: Tensor) -> Tensor | None:
+    """``activation(z)``, or None where that is no tensor of z's shape."""
     with torch.no_grad():
         try:
             got = activation(z)

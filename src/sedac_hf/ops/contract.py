@@ -138,9 +138,19 @@ class Compensation(Protocol):
 class Record(Protocol):
     """Told once per FFN call what it needed and what it spent."""
 
-    def __call__(self, *, engine: str, tokens: int, needed: int | Tensor, read: int, computed: int) -> None:
+    def __call__(
+        self,
+        *,
+        engine: str,
+        tokens: int,
+        needed: int | Tensor,
+        read: int,
+        computed: int,
+        whole_read: int | None = None,
+    ) -> None:
         """needed: units used, summed over tokens; read: units whose weights were read; computed: unit x token products
-        that were spent. A 0-d tensor is allowed where a number would cost a device round trip."""
+        that were spent; whole_read: units that the FFN would have read at full width, None: all that it has. A 0-d
+        tensor is allowed where a number would cost a device round trip."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +158,14 @@ class SiteCut:
     """One FFN's part in one forward call: levels, what they mean here, and how to run them.
 
     points: one operating point per level, 0..n_levels; importance: x [n, d] -> float32 [n, f], needed where a point
-    has importance_min > 0; engine: "auto" or a name in dispatch.py; kernel: the FFN's compiled kernel, if it has one
-    and may use it; strip_planner: what cuts a batch of mixed widths, None: the planner in Python.
+    has importance_min > 0 (of experts: see `sedac_hf.ops.experts.cut_experts`); engine: "auto" or a name in
+    dispatch.py; kernel: the FFN's compiled kernel, if it has one and may use it; strip_planner: what cuts a batch of
+    mixed widths, None: the planner in Python.
     """
 
     points: tuple[OperatingPoint, ...]
     plan: LevelPlan
-    importance: Callable[[Tensor], Tensor] | None
+    importance: Callable[..., Tensor] | None
     compensation: Compensation | None
     engine: str
     record: Record

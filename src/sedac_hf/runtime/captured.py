@@ -91,14 +91,14 @@ class CapturedExecution(Execution):
     def prepare(self) -> str | None:
         """Make sure that the law and the tables are on the device; None, or why this runtime cannot be captured."""
         runtime = self._runtime
-        weight = runtime.sites[0].down.weight
+        weight = runtime.sites[0].weight
         made_for = (runtime.adaptive_thresholds, weight.device, weight.dtype)
         if self._policy is not runtime.policy or made_for != self._made_for:
             why = self._obstacle()
             if why is not None:
                 return why
             self.flush()
-            self._build(weight_of(runtime.sites[0].down).device)
+            self._build(weight.device)
             self._policy, self._made_for = runtime.policy, made_for
         self.law.upload()
         return None
@@ -110,6 +110,7 @@ class CapturedExecution(Execution):
         if not hasattr(runtime.controller, "parameter_block"):
             return "the controller is not the compiled one"
         weights = [getattr(linear, "weight", None) for site in runtime.sites for linear in site.linears]
+        weights += [site.weight for site in runtime.sites if site.experts is not None]
         if any(not isinstance(weight, Tensor) or weight.is_meta for weight in weights):
             return "weights of the FFNs are offloaded"
         if any(site.shard is not None for site in runtime.sites):
@@ -234,9 +235,11 @@ class CapturedExecution(Execution):
         self, i: int, site: FFNSite, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]
     ) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """The forwards of `forward_replacements`, each with its part in a trace beside it."""
-        parts = {id(site.owner): _WholeCall, id(site.down): _Down}
-        first = site.up if site.gate is None else site.gate
-        parts.setdefault(id(first), _First)
+        parts: dict[int, type[_Untouched]] = {}
+        if site.experts is None:
+            parts = {id(site.owner): _WholeCall, id(site.down): _Down}
+            first = site.up if site.gate is None else site.gate
+            parts.setdefault(id(first), _First)
         return [
             (module, parts.get(id(module), _Untouched)(self, i, module, forward).forward)
             for module, forward in replacements

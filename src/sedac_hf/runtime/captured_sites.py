@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.ffn.deciders import Decider
 from sedac_hf.ffn.linears import is_plain, is_readable
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
@@ -45,15 +46,17 @@ class CapturedSite(nn.Module):
         self,
         site: FFNSite,
         points: tuple[OperatingPoint, ...],
-        shadow: Shadow | ExactGate | None,
+        shadow: Decider | None,
         compensation: Compensation | None,
     ) -> None:
         super().__init__()
         self.site = site
-        self.shadow = shadow
+        self.shadow = shadow if isinstance(shadow, Shadow | ExactGate) else None
         parameters = list(site.down.parameters())
         floating = next((p for p in parameters if p.is_floating_point()), None)
         like = torch.zeros(0, device=parameters[0].device) if floating is None else floating
+        if site.experts is not None:  # left whole in a graph
+            points = (OperatingPoint(site.intermediate_size),) * len(points)
         f = site.intermediate_size
         widths = [0, *(min(max(point.width, 0), f) for point in points[1:])]
         least = [point.importance_min for point in points]

@@ -41,11 +41,10 @@ class CapturedTotals:
         """One call of a graph, counted now; what it decided is counted when its log is replayed."""
         runtime = self._runtime
         runtime.tally.begin(n_tokens)
-        for i, site in enumerate(runtime.sites):
-            if whole:
-                units = site.intermediate_size
-                all_of_it = units * n_tokens
-                runtime.tally.ffn(i, engine="whole", tokens=n_tokens, needed=all_of_it, read=units, computed=all_of_it)
+        for i, cost in enumerate(runtime.tally.costs):
+            if whole or runtime.sites[i].experts is not None:  # experts run untouched in a graph
+                all_of_it, read = cost.units * n_tokens, cost.whole_read(n_tokens)
+                runtime.tally.ffn(i, engine="whole", tokens=n_tokens, needed=all_of_it, read=read, computed=all_of_it)
 
     def replayed(self, part: LoggedPasses, exited: NDArray[np.bool_], ratios: NDArray[np.float32]) -> None:
         """What one parameter block decided, token by token."""
@@ -59,7 +58,8 @@ class CapturedTotals:
             if runtime.probes_decide:
                 runtime.tally.probe(runtime.probes.parameters_per_token, n, calls=calls)
         for i, segment in enumerate(runtime.segments):
-            self._count_site(i, np.ones(n, np.uint8) if segment < 0 else part.levels[segment], calls)
+            if runtime.sites[i].experts is None:
+                self._count_site(i, np.ones(n, np.uint8) if segment < 0 else part.levels[segment], calls)
 
     def _count_site(self, i: int, levels: NDArray[np.uint8], calls: int) -> None:
         runtime, policy = self._runtime, self._runtime.policy

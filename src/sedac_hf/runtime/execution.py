@@ -92,9 +92,9 @@ class Execution:
             runtime.tally.ffn(
                 i, engine=engine, tokens=state.n_tokens, needed=needed, read=read, computed=needed, shadow=decided
             )
-        for i, site in enumerate(runtime.sites):
+        for i, cost in enumerate(runtime.tally.costs):
             if i not in state.recorded:
-                units, calls = site.intermediate_size, 1
+                units, calls = cost.units, 1
                 if state.irregular is not None:
                     calls = self._calls(i, state)
                 tokens = state.n_tokens * calls
@@ -103,7 +103,7 @@ class Execution:
                     engine="whole",
                     tokens=tokens,
                     needed=units * tokens,
-                    read=units * calls,
+                    read=cost.whole_read(state.n_tokens) * calls,
                     computed=units * tokens,
                     calls=calls,
                 )

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.configuration import SHADOW_BITS
+from sedac_hf.ffn.deciders import bytes_for
 from sedac_hf.ffn.linears import stored_bytes
 from sedac_hf.ffn.policy import Policy
-from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ffn.sharded import is_sharded
 from sedac_hf.ffn.sites import FFNSite
 
@@ -80,7 +80,7 @@ def memory_use(model: nn.Module, policy: Policy | None, shadow: int, share: floa
 def shadow_bytes(sites: Sequence[FFNSite], bits: int) -> int:
     """Bytes of the shadows of all FFNs, on all ranks."""
     own = [site for site in sites if site.origin is None]  # tied weights have one shadow
-    return sum(Shadow.bytes_for(site, bits) * (1 if site.shard is None else site.shard.ranks) for site in own)
+    return sum(bytes_for(site, bits) * (1 if site.shard is None else site.shard.ranks) for site in own)
 
 
 def shadow_bits_within(sites: Sequence[FFNSite], budget: int) -> int:

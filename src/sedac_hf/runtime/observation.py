@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ops.experts import grouped
 from sedac_hf.runtime.forward_pass import call_shape
 from sedac_hf.runtime.hooks import Attachment
 
@@ -21,7 +24,10 @@ OnCheckpoint = Callable[[int, Tensor], None]
 """Called with (checkpoint_idx, hidden [n, d]), where layers run in a loop each time."""
 OnFFN = Callable[[int, Tensor, Tensor], None]
 """Called with (site, x [n, d], h [n, f]): an FFN's input, and what its down projection would be given at full width,
-in the current channel order."""
+in the current channel order. Experts are shown by `OnExpert` instead."""
+OnExpert = Callable[[int, int, Tensor, Tensor, Tensor], None]
+"""Called with (site, expert, x [m, d], h [m, f], weights [m]) for each expert that some row uses: its rows' inputs,
+hidden values at full width in the current channel order, and the router's weights."""
 OnDecision = Callable[[int, np.ndarray, np.ndarray], None]
 """Called with (checkpoint_idx, ratio float32 [n], levels uint8 [n]); prompt tokens at full width have ratio 0."""
 
@@ -32,6 +38,7 @@ def observing(
     on_checkpoint: OnCheckpoint | None,
     on_ffn: OnFFN | None,
     on_decision: OnDecision | None,
+    on_expert: OnExpert | None = None,
 ) -> Iterator[None]:
     """Call these during the forwards of a ``with`` block."""
     attachment = Attachment()
@@ -47,7 +54,13 @@ def observing(
                 )
         if on_ffn is not None:
             for i, site in enumerate(runtime.sites):
-                _watch(attachment, on_ffn, i, site)
+                if site.experts is None:
+                    _watch(attachment, on_ffn, i, site)
+        if on_expert is not None:
+            for i, site in enumerate(runtime.sites):
+                if site.experts is not None:
+                    show = functools.partial(_show_experts, on_expert, i, site.experts)
+                    attachment.around_forward(site.owner, show, _nothing)
         yield
     finally:
         attachment.detach()
@@ -137,6 +150,21 @@ def _show_checkpoint(
     hidden = token_rows(output, hidden_size, call[0])
     if hidden is not None:
         show(idx, hidden.detach())
+
+
+def _show_experts(
+    show: OnExpert,
+    i: int,
+    experts: Experts,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    x, index, weights = [part.detach() for part in (*args, *kwargs.values())][:3]
+    with torch.no_grad():
+        for group in grouped(index, experts.count)[1]:
+            rows = x[group.rows]
+            show(i, group.expert, rows, experts.hidden(group.expert, rows), weights.reshape(-1)[group.pairs])
 
 
 def _show_plain(show: OnFFN, i: int, site: FFNSite, module: nn.Module, args: tuple[Any, ...]) -> None:

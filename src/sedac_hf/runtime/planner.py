@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.linears import weight_of
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import SiteCut
+from sedac_hf.ops.experts import cut_experts
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
@@ -60,7 +60,7 @@ class GenerationPlanner:
         if consistent:
             return True, "asked for"
         self._compare_kernels(rows)
-        weight = weight_of(runtime.sites[-1].down)
+        weight = runtime.sites[-1].weight
         key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
             self._known[key] = self._compare_widths(rows)
@@ -81,7 +81,7 @@ class GenerationPlanner:
             return None
         if consistent:
             return True, "asked for"
-        device_type = device_type or weight_of(runtime.sites[-1].down).device.type
+        device_type = device_type or runtime.sites[-1].weight.device.type
         governed = [site for site, segment in zip(captured.sites, runtime.segments, strict=True) if segment >= 0]
         if not any(site.skips(rows, device_type) for site in governed):
             return False, "captured graph: its FFNs run by masking, which saves nothing"
@@ -130,12 +130,11 @@ class GenerationPlanner:
         runtime, policy = self._runtime, self._runtime.policy
         assert policy is not None
         governed = [i for i, segment in enumerate(runtime.segments) if segment >= 0]
-        timed = [i for i in governed if runtime.sites[i].plain_forward]
+        timed = [i for i in governed if runtime.sites[i].plain_forward or runtime.sites[i].experts is not None]
         if policy.cut == "mask" or len(timed) < len(governed) or not governed:
             return False, "the FFNs of this model run by masking, which saves nothing"
         site = runtime.sites[timed[0]]
-        weight = site.weights().up
-        x = _noise(rows, site.hidden_size).to(weight)
+        x = _noise(rows, site.hidden_size).to(site.weight)
         pairs = [self._whole_and_cut(i, x) for i in timed]
         whole_time, cut_time = interleaved(
             [_in_turn([whole for whole, _ in pairs]), _in_turn([cut for _, cut in pairs])], x.device
@@ -152,7 +151,7 @@ class GenerationPlanner:
         """Site i whole, and cut at the typical level."""
         runtime, policy = self._runtime, self._runtime.policy
         assert policy is not None
-        rows, site, weights = x.shape[0], runtime.sites[i], runtime.sites[i].weights()
+        rows, site = x.shape[0], runtime.sites[i]
         kernel = runtime.weights.kernel(i) if rows <= MAX_ROWS else None
         cut = SiteCut(
             points=policy.schedule.points[i],
@@ -163,10 +162,17 @@ class GenerationPlanner:
             record=_forget,
             kernel=kernel,
         )
+        if site.experts is not None:
+            routing = _routing(rows, site.experts.top_k, site.experts.count, x)
+            kernels = runtime.weights.expert_kernels(i)
+            return (
+                functools.partial(site.owner, x, *routing),
+                functools.partial(cut_experts, x, *routing, site.experts, cut, kernels),
+            )
         whole: Call = functools.partial(site.owner, x)
         if isinstance(kernel, CpuFFN) and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
             whole = functools.partial(kernel.whole, x)
-        return whole, functools.partial(cut_ffn, x, weights, cut)
+        return whole, functools.partial(cut_ffn, x, site.weights(), cut)
 
     @torch.no_grad()
     def _decide_once(self, x: Tensor, rows: int) -> None:
@@ -207,6 +213,12 @@ def _in_turn(calls: Sequence[Call]) -> Call:
 def _noise(rows: int, size: int) -> Tensor:
     """Activations to time with; drawn apart, since `generate` may be about to sample."""
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(0))
+
+
+def _routing(rows: int, top_k: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts [rows, top_k], other ones for each row as far as there are any, of equal weight."""
+    index = torch.arange(rows * top_k).remainder(count).view(rows, top_k)
+    return index.to(like.device), like.new_full((rows, top_k), 1 / top_k)
 
 
 def _forget(**_: object) -> None:

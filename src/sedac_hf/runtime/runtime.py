@@ -34,7 +34,7 @@ from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, current_generation
 from sedac_hf.runtime.hooks import Attachment
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
-from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnFFN, observing
+from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
 from sedac_hf.runtime.stats import SedacStats, Tally, strip_costs
 from sedac_hf.runtime.weights import PreparedWeights
@@ -271,7 +271,8 @@ class SedacRuntime:
                 cuts = execution.site_cuts
                 cut, decoded = functools.partial(cuts.cut, i), functools.partial(cuts.decoded, i)
                 uneven = functools.partial(cuts.uneven, i)
-                replacements = forward_replacements(site, cut, decoded if kernels else None, uneven)
+                experts = functools.partial(self.weights.expert_kernels, i) if kernels else None
+                replacements = forward_replacements(site, cut, decoded if kernels else None, uneven, experts)
                 masked.append(masked_because(replacements))
                 attachment.replace_forwards(execution.switch(i, site, replacements))
             self.decode_linears = ()
@@ -353,9 +354,10 @@ class SedacRuntime:
         on_checkpoint: OnCheckpoint | None = None,
         on_ffn: OnFFN | None = None,
         on_decision: OnDecision | None = None,
+        on_expert: OnExpert | None = None,
     ) -> AbstractContextManager[None]:
         """Show what flows by during a ``with`` block; see `sedac_hf.runtime.observation`."""
-        return observing(self, on_checkpoint, on_ffn, on_decision)
+        return observing(self, on_checkpoint, on_ffn, on_decision, on_expert)
 
     # ---------------------------------------------------------------- what ran
 

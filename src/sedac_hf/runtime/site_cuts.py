@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sedac_hf.ffn.shadow import ExactGate, Shadow
+from sedac_hf.ffn.deciders import Decider
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
@@ -27,7 +27,7 @@ class _KnownCut(NamedTuple):
     points: tuple[OperatingPoint, ...]
     compensation: Compensation | None
     kernel: DecodeKernel | None
-    shadow: Shadow | ExactGate | None
+    shadow: Decider | None
     engine: str
     cut: SiteCut | None
 
@@ -100,7 +100,7 @@ class SiteCuts:
         points: tuple[OperatingPoint, ...],
         compensation: Compensation | None,
         kernel: DecodeKernel | None,
-        shadow: Shadow | ExactGate | None,
+        shadow: Decider | None,
     ) -> SiteCut | None:
         runtime = self._runtime
         whole = OperatingPoint(runtime.sites[i].intermediate_size)
@@ -216,6 +216,7 @@ class SiteCuts:
         needed: int | Tensor,
         read: int,
         computed: int,
+        whole_read: int | None = None,
     ) -> None:
         state = current_pass.get()
         if state is not None:
@@ -237,4 +238,5 @@ class SiteCuts:
             shadow=shadow,
             extra_parameters=extra,
             extra_read=extra_read,
+            whole_read=whole_read,
         )

@@ -25,7 +25,9 @@ NEEDED_ELEMENT_BYTES = 2  # the needed share is quoted for a bf16 base
 class SiteCost:
     """Cost of one FFN: per unit, and what deciding costs per token whatever the level.
 
-    unit_parameters: weights (and biases) of one hidden unit; element_bytes: that a weight is kept in.
+    units: that a token has at full width, of all its experts where the FFN is made of experts; unit_parameters:
+    weights of one hidden unit; element_bytes: that a weight is kept in; chosen_parameters: what a unit that was chosen
+    costs beside the choosing, if not all of it; all_units: of all experts.
     """
 
     units: int
@@ -33,6 +35,12 @@ class SiteCost:
     element_bytes: float
     shadow_bytes: int = 0
     shadow_multiply_adds: int = 0
+    chosen_parameters: int = 0
+    all_units: int = 0
+
+    def whole_read(self, n_tokens: int) -> int:
+        """Units that a call of so many tokens reads at full width: at most those of all experts."""
+        return min(self.units * n_tokens, self.all_units) if self.all_units and n_tokens else self.units
 
     @property
     def parameters(self) -> int:
@@ -199,31 +207,39 @@ class Tally:
         extra_parameters: int = 0,
         extra_read: int = 0,
         calls: int = 1,
+        whole_read: int | None = None,
     ) -> None:
         """Calls of one FFN: units needed (summed over tokens), units read, unit x token products computed.
 
         shadow: whether these calls decided by the shadow; extra_parameters: of the compensation, summed over tokens;
-        extra_read: those of a call's levels, each read once. All figures are totals over the ``calls``.
+        extra_read: those of a call's levels, each read once; whole_read: units that the calls would have read at full
+        width, where that is known. All figures are totals over the ``calls``.
         """
         cost = self.costs[site]
+        if whole_read is None:
+            whole_read = cost.whole_read(tokens // max(calls, 1)) * calls
         with self._lock:
             totals = self._totals
             self._engines[engine] += calls
             totals.dense_needed += cost.parameters * tokens
-            totals.dense_bytes += cost.element_bytes * cost.parameters * calls
+            totals.dense_bytes += cost.element_bytes * cost.unit_parameters * whole_read
             totals.spent_bytes += cost.element_bytes * (cost.unit_parameters * read + extra_read)
             totals.spent_multiply_adds += cost.unit_parameters * computed + extra_parameters
             totals.needed_extra_bytes += NEEDED_ELEMENT_BYTES * extra_parameters
             totals.extra_multiply_adds += extra_parameters
+            chosen = cost.unit_parameters
             if shadow:
-                totals.spent_bytes += cost.shadow_bytes * calls
-                totals.spent_multiply_adds += cost.shadow_multiply_adds * tokens
+                if cost.chosen_parameters:  # then deciding and computing are the same reads
+                    chosen = cost.chosen_parameters
+                if chosen == cost.unit_parameters:
+                    totals.spent_bytes += cost.shadow_bytes * whole_read / cost.units
+                    totals.spent_multiply_adds += cost.shadow_multiply_adds * tokens
                 totals.needed_extra_bytes += cost.shadow_bytes * tokens
                 totals.extra_multiply_adds += cost.shadow_multiply_adds * tokens
             if isinstance(needed, torch.Tensor):
-                totals.pending.append((cost.unit_parameters, needed.detach()))
+                totals.pending.append((chosen, needed.detach()))
             else:
-                totals.needed_parameters += cost.unit_parameters * needed
+                totals.needed_parameters += chosen * needed
 
     def snapshot(self) -> SedacStats:
         """The totals so far; reads pending device numbers."""

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
+from sedac_hf.ffn.deciders import Decider, ExpertShadows, ExpertUnits, decider
+from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
 from sedac_hf.ffn.linears import is_readable, stored_bytes
-from sedac_hf.ffn.shadow import ExactGate, Shadow
+from sedac_hf.ffn.shadow import Shadow
 from sedac_hf.ffn.sharded import local_part
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.compiled import available
@@ -44,13 +45,14 @@ class PreparedWeights:
         self._first = tuple(places[id(site.origin or site)] for site in self.sites)
         self.uses_kernels = "rust" in kernels and available()
         self._uses_triton = "triton" in kernels
-        self.shadows: list[Shadow | ExactGate | None] = [None] * len(self.sites)
+        self.shadows: list[Decider | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
         self._by_units: tuple[nn.Module, ...] | None = None  # the linears laid out by units; None: not asked for
         self._kernels = self._no_kernels()
+        self._of_experts: dict[int, ExpertKernels] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": self._no_kernels()}  # a kernel is made of addresses
+        return {**self.__dict__, "_kernels": self._no_kernels(), "_of_experts": {}}  # kernels are made of addresses
 
     def _no_kernels(self) -> list[tuple[list[_Place], DecodeKernel | None] | None]:
         return [None] * len(self.sites)
@@ -144,7 +146,7 @@ class PreparedWeights:
         self.shadows = [made[first] for first in self._first]
         for shadow in made.values():
             # In place of the plain layout: a shadow has no second copy either.
-            if isinstance(shadow, Shadow) and self.uses_kernels:
+            if isinstance(shadow, Shadow | ExpertShadows) and self.uses_kernels:
                 shadow.interleave()
 
     def kernel(self, site: int) -> DecodeKernel | None:
@@ -183,8 +185,20 @@ class PreparedWeights:
             return TritonFFN(weights, tables) if tables is not None and TritonFFN.fits(weights, tables) else None
         return None
 
-    def importance(self, site: int) -> Callable[[Tensor], Tensor] | None:
-        """What decides which units a token uses in this FFN; None where there is no shadow."""
+    def expert_kernels(self, site: int) -> Callable[[int], DecodeKernel | None] | None:
+        """The compiled kernels of a site's experts, by expert; None where it has none."""
+        experts, shadow = self.sites[site].experts, self.shadows[site]
+        if experts is None or experts.activation is None or not self.uses_kernels or not experts.readable:
+            return None
+        places = tuple(_memory(p) for p in (experts.first, experts.down))
+        known = self._of_experts.get(site)
+        if known is None or known.places != places or known.shadow is not shadow:
+            known = self._of_experts[site] = ExpertKernels(experts, shadow, places)
+        return known
+
+    def importance(self, site: int) -> Callable[..., Tensor] | None:
+        """What decides which units a token uses in this FFN, asked with x (and for experts with which one); None where
+        there is no shadow."""
         shadow = self.shadows[site]
         return None if shadow is None else shadow.importance
 
@@ -193,14 +207,23 @@ class PreparedWeights:
         return tuple(_cost(site, shadow) for site, shadow in zip(self.sites, self.shadows, strict=True))
 
 
-def decider(site: FFNSite, bits: int) -> Shadow | ExactGate:
-    """A shadow where one is wanted and can be made, else the exact gate."""
-    if bits == 0:
-        return ExactGate(site)
-    try:
-        return Shadow.build(site, bits)
-    except UnsupportedModelError:
-        return ExactGate(site)
+class ExpertKernels:
+    """The compiled kernels of one layer's experts, each made when it is first asked for."""
+
+    def __init__(self, experts: Experts, shadow: Decider | None, places: tuple[tuple[int, int], ...]) -> None:
+        self.places = places
+        self.shadow = shadow
+        self._experts = experts
+        self._made: dict[int, CpuFFN | None] = {}
+
+    def __call__(self, expert: int) -> DecodeKernel | None:
+        if expert not in self._made:
+            with torch.no_grad():
+                weights = self._experts.weights(expert)
+            shadows = self.shadow.shadows if isinstance(self.shadow, ExpertShadows) else None
+            tables = None if shadows is None else shadows[expert].tables()
+            self._made[expert] = CpuFFN(weights, tables) if CpuFFN.fits(weights) else None
+        return self._made[expert]
 
 
 def _memory(tensor: Tensor | None) -> tuple[int, int]:
@@ -208,7 +231,9 @@ def _memory(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
-def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
+def _cost(site: FFNSite, shadow: Decider | None) -> SiteCost:
+    if site.experts is not None:
+        return _experts_cost(site.experts, shadow)
     matrices = 2 if site.kind == "plain" else 3
     weight = next(map(local_part, site.down.parameters()), None)
     return SiteCost(
@@ -217,4 +242,17 @@ def _cost(site: FFNSite, shadow: Shadow | ExactGate | None) -> SiteCost:
         element_bytes=4 if weight is None else stored_bytes(weight) / max(weight.numel(), 1),
         shadow_bytes=0 if shadow is None else shadow.bytes,
         shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
+    )
+
+
+def _experts_cost(experts: Experts, shadow: Decider | None) -> SiteCost:
+    chosen = shadow.chosen_matrices if isinstance(shadow, ExpertShadows | ExpertUnits) else experts.matrices
+    return SiteCost(
+        units=experts.top_k * experts.intermediate_size,
+        unit_parameters=experts.matrices * experts.hidden_size,
+        element_bytes=experts.down.element_size(),
+        shadow_bytes=0 if shadow is None else shadow.bytes,
+        shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
+        chosen_parameters=chosen * experts.hidden_size,
+        all_units=experts.count * experts.intermediate_size,
     )
