@@ -117,7 +117,7 @@ def _rank(runtime: SedacRuntime, statistics: Statistics, n_levels: int, reserved
         return 0
     d, item = runtime.hidden_size, running_dtype(runtime.model).itemsize
     sizes = [runtime.sites[i].intermediate_size for i in single]
-    orders = 8 * sum(power.numel() for power in statistics.power)
+    orders = 8 * sum(mean.numel() for mean in statistics.mean)
     biases = (4 + item) * (n_levels + 1) * d * len(runtime.sites)
     per_rank = item * (n_levels - 1) * sum(d + f for f in sizes)
     room = runtime.memory().cap - reserved - orders - biases

@@ -18,11 +18,18 @@ from sedac_hf.ffn.sites import FFNSite
 
 
 def lay_out_by_units(site: FFNSite, device_types: Collection[str] = ("cpu",)) -> tuple[nn.Module, ...]:
-    """Give each unit of an FFN one run of memory; returns the linears that were changed, for `lay_out_as_usual`.
+    """Give each unit of an FFN one run of memory; returns the modules that were changed, for `lay_out_as_usual`.
 
     Nothing is changed where a weight can't be read here, is quantised, or lies on a device of another type than
     those on which kernels read single units.
     """
+    if site.experts is not None:
+        experts = site.experts
+        weight = experts.first if experts.transposed else experts.down
+        if not experts.readable or weight.device.type not in device_types or not weight.is_contiguous():
+            return ()
+        _transpose_in_memory(weight)
+        return (site.owner,)
     for linear in site.linears:
         if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type in device_types):
             return ()
@@ -34,11 +41,19 @@ def lay_out_by_units(site: FFNSite, device_types: Collection[str] = ("cpu",)) ->
     return tuple(changed)
 
 
-def lay_out_as_usual(linears: tuple[nn.Module, ...]) -> None:
+def lay_out_as_usual(modules: tuple[nn.Module, ...]) -> None:
     """Undo `lay_out_by_units`; a weight that was replaced in between and lies as usual already stays."""
-    for linear in linears:
-        if not weight_of(linear).is_contiguous():
-            _transpose_in_memory(weight_of(linear))
+    for module in modules:
+        experts = _stacked(module)
+        for weight in (weight_of(module),) if experts is None else experts:
+            if not weight.is_contiguous():
+                _transpose_in_memory(weight)
+
+
+def _stacked(module: nn.Module) -> tuple[Tensor, ...] | None:
+    """The 3-D parameters of a module of experts; None for a linear."""
+    stacked = tuple(p for p in module.parameters(recurse=False) if p.dim() == 3)
+    return stacked or None
 
 
 def _spread_out(linear: nn.Module, *, is_down: bool) -> bool:
@@ -50,8 +65,14 @@ def _spread_out(linear: nn.Module, *, is_down: bool) -> bool:
 
 @torch.no_grad()
 def _transpose_in_memory(weight: Tensor) -> None:
-    """Swap the order in which a dense matrix lies in memory; the matrix stays the same."""
-    if weight.is_contiguous():
+    """Swap the order in which a dense matrix, or each of several, lies in memory; the matrices stay the same."""
+    if weight.dim() == 3:
+        lies = weight.data if weight.is_contiguous() else weight.data.transpose(1, 2)
+        other = lies.view(lies.shape[0], lies.shape[2], lies.shape[1])
+        for matrix, place in zip(lies, other, strict=True):  # one of them is copied at a time
+            place.copy_(matrix.t().contiguous())
+        weight.data = other.transpose(1, 2) if weight.is_contiguous() else other
+    elif weight.is_contiguous():
         weight.data = weight.data.t().contiguous().t()
     else:
         weight.data = weight.data.contiguous()

@@ -47,7 +47,7 @@ class PreparedWeights:
         self._uses_triton = "triton" in kernels
         self.shadows: list[Decider | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
-        self._by_units: tuple[nn.Module, ...] | None = None  # the linears laid out by units; None: not asked for
+        self._by_units: tuple[nn.Module, ...] | None = None  # the modules laid out by units; None: not asked for
         self._kernels = self._no_kernels()
         self._of_experts: dict[int, ExpertKernels] = {}
 
@@ -99,9 +99,9 @@ class PreparedWeights:
             self._by_units += lay_out_by_units(site, read_by_units)
 
     def _lay_out_as_usual(self) -> bool:
-        linears, self._by_units = self._by_units, None
-        lay_out_as_usual(linears or ())
-        return linears is not None
+        modules, self._by_units = self._by_units, None
+        lay_out_as_usual(modules or ())
+        return modules is not None
 
     def restore(self) -> None:
         """Natural order, the usual layout, no shadows."""
