@@ -220,15 +220,6 @@ def test_models_without_an_ffn_are_refused_with_what_was_seen():
         find_sites(nn.Sequential(nn.Linear(3, 5)))
 
 
-def test_experts_are_no_sites_and_are_named():
-    config = CONFIG_MAPPING["mixtral"](
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=50, num_local_experts=2,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="experts are 3-D parameters"):
-        find_sites(AutoModelForCausalLM.from_config(config))
-
-
 def test_a_deep_copy_of_a_site_belongs_to_the_copied_model():
     model = tiny_model("llama")
     site = find_sites(model).sites[0]
