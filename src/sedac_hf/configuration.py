@@ -179,6 +179,9 @@ class SedacConfig(PreTrainedConfig):
             `sedac_hf.runtime.memory`).
         shadow_bits: of the shadow that a policy which selects was calibrated with: 4, 3, 2, or 0 (the exact gate).
         base_model_name_or_path, base_revision: where an adapter finds its base.
+        base_fingerprint: of the weights that the policy was made for (`sedac_hf.saving.fingerprint`).
+        kwargs: those of `PreTrainedConfig`. As there, others are kept as attributes; one that is nearly the name of an
+            argument above is an error, another that no configuration knows a warning.
 
     Raises:
         ConfigError: a value is out of range, or an environment variable cannot be read.
@@ -210,6 +213,7 @@ class SedacConfig(PreTrainedConfig):
         shadow_bits: int = SHADOW_BITS[0],
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
+        base_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         base_config: Any = text_config
@@ -249,6 +253,7 @@ class SedacConfig(PreTrainedConfig):
         self.shadow_bits = _one_of("shadow_bits", shadow_bits, (*SHADOW_BITS, 0))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
+        self.base_fingerprint = base_fingerprint
         if base_config is not None:
             # The setters recurse into nested configurations: one value for all, or none, would overwrite theirs.
             for kind in ("attn", "experts"):
