@@ -354,8 +354,8 @@ def _look_at_unknown(kwargs: Mapping[str, Any]) -> None:
             raise ConfigError(f"a SedacConfig has no `{name}`: did you mean `{likely[0]}`?")
         if not name.startswith("_"):
             logger.warning_once(
-                f"a SedacConfig has no `{name}`: it is kept as an attribute and changes nothing. Was it saved by a newer "
-                "sedac-hf?"
+                f"a SedacConfig has no `{name}`: it is kept as an attribute and changes nothing. Was it saved by a "
+                "newer sedac-hf?"
             )
 
 

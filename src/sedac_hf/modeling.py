@@ -22,7 +22,7 @@ from sedac_hf.mirroring import mirrored_members
 from sedac_hf.runtime import SedacRuntime, generating
 from sedac_hf.saving import bases, hub
 from sedac_hf.saving.loading import load_saved
-from sedac_hf.saving.reading import hub_arguments, read_config
+from sedac_hf.saving.reading import commit_of, hub_arguments, read_config
 from sedac_hf.saving.writing import save
 
 if TYPE_CHECKING:
@@ -157,9 +157,10 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(config, SedacConfig) and config.text_config is None:
             config, sedac_config = None, config
         given = config if isinstance(config, PreTrainedConfig) else None
-        found = given or read_config(str(config or path), kwargs.get("trust_remote_code"), **hub_arguments(kwargs))
+        where = hub_arguments(kwargs)
+        found = given or read_config(str(config or path), kwargs.get("trust_remote_code"), **where)
         if isinstance(found, SedacConfig):
-            base, info, policy, report = load_saved(path, found, base_model, kwargs)
+            base, revision, info, policy, report = load_saved(path, found, base_model, kwargs)
             model = cls.from_base(base, found)
             if policy is not None:
                 model.install(policy)
@@ -172,10 +173,11 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop("ignore_base_mismatch", None)
             base, info = bases.load_weights(path, **{**kwargs, "output_loading_info": True})
             model = cls.from_base(base, sedac_config)
-            model.config.base_revision = kwargs.get("revision")
+            revision = commit_of(path, **where) or kwargs.get("revision")
             logger.warning_once(
                 f"{path} is a plain decoder: the wrapped model is uncalibrated and skips nothing; run `calibrate(...)`"
             )
+        model.config.base_revision = revision
         model.name_or_path = path
         model.eval()
         return (model, info) if kwargs.get("output_loading_info") else model

@@ -9,8 +9,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sedac_hf.errors import LoadError
+from sedac_hf.errors import LoadError, SedacError
 from sedac_hf.saving.reading import hub_arguments, read_config
+
+# What damaged weights or a configuration with values that no model can be made of lead to in transformers.
+_FAILURES = (
+    *(SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError),
+    *(LookupError, ArithmeticError),
+)
 
 
 def class_of(config: PreTrainedConfig) -> Any:
@@ -60,13 +66,16 @@ def load_weights(path: str, **kwargs: Any) -> Any:
         The model, or ``(model, loading_info)`` with ``output_loading_info=True``.
 
     Raises:
-        LoadError: weight files are damaged, have other shapes, or lack weights of the model.
+        LoadError: weight files are damaged, have other shapes, or lack weights of the model; or no model can be made
+            with this configuration and these arguments.
     """
     wanted = kwargs.pop("output_loading_info", False)
     try:
         model, info = _from_pretrained(path, output_loading_info=True, **kwargs)
-    except (SafetensorError, RuntimeError) as error:
-        raise LoadError(f"the base weights in {path} cannot be loaded: {error}") from error
+    except SedacError:
+        raise
+    except _FAILURES as error:
+        raise LoadError(f"the base weights in {path} cannot be loaded: {type(error).__name__}: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing and not kwargs.get("ignore_mismatched_sizes"):
         raise LoadError(

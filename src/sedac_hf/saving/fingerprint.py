@@ -99,8 +99,9 @@ def fingerprint_of(model: nn.Module) -> Fingerprint:
 
 
 def differences(expected: Mapping[str, Sample], found: Mapping[str, Sample]) -> tuple[list[str], int]:
-    """What differs, in words, and how many parameters were compared."""
+    """What differs, in words, shapes first, and how many parameters were compared."""
     common = [name for name in expected if name in found]
+    common.sort(key=lambda name: expected[name].shape == found[name].shape)
     pairs = ((name, _difference(expected[name], found[name])) for name in common)
     return [f"{name}: {what}" for name, what in pairs if what is not None], len(common)
 
@@ -166,6 +167,8 @@ def _difference(expected: Sample, found: Sample) -> str | None:
     if expected.shape != found.shape:
         return f"shape {list(expected.shape)} expected, got {list(found.shape)}"
     a, b = expected.values, found.values
+    if torch.allclose(a, b, 0.0, 0.0, equal_nan=True):
+        return None
     if QUANTISED in (expected.dtype, found.dtype):
         off = float((a - b).norm() / a.norm().clamp(min=1e-12))
         return None if off <= _MOST_OFF else f"values differ by {off:.0%} of their size"

@@ -14,18 +14,21 @@ from sedac_hf.errors import LoadError
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.saving.bases import load_weights
 from sedac_hf.saving.fingerprint import check_base
-from sedac_hf.saving.reading import hub_arguments, read_fingerprint, read_policy, read_report
+from sedac_hf.saving.reading import commit_of, hub_arguments, read_fingerprint, read_policy, read_report
 
 if TYPE_CHECKING:
     from sedac_hf.calibration import CalibrationReport
 
+_OF_THE_ADAPTER = ("revision", "subfolder")
 BaseModel: TypeAlias = PreTrainedModel | str | os.PathLike[str] | None
 
 
 class Saved(NamedTuple):
-    """The base, bare; transformers' loading info where it was asked for; policy and report where there are some."""
+    """The base, bare, with its commit where it came from a hub; transformers' loading info where it was asked for;
+    policy and report where there are some."""
 
     base: PreTrainedModel
+    revision: str | None
     info: Any
     policy: Policy | None
     report: CalibrationReport | None
@@ -50,7 +53,11 @@ def load_saved(path: str, config: SedacConfig, base_model: BaseModel, kwargs: Ma
     base, info = loaded if isinstance(loaded, tuple) else (loaded, None)
     if fingerprint is not None:
         check_base(fingerprint, base, config, path, ignore=ignore)
-    return Saved(base, info, policy, report)
+    revision = config.base_revision
+    if base_model is not None:
+        named = {name: value for name, value in hub.items() if name not in _OF_THE_ADAPTER}
+        revision = None if isinstance(base_model, PreTrainedModel) else commit_of(str(base_model), **named)
+    return Saved(base, revision, info, policy, report)
 
 
 def _load_base(
@@ -77,7 +84,7 @@ def _load_base(
                 f"{path} must hold the base's weights (model*.safetensors) or name a base; it does neither"
             )
         return load_weights(path, config=config.text_config, **kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_ADAPTER}
     if base_model is None and config.base_revision is not None:
         kwargs["revision"] = config.base_revision
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from sedac_hf.configuration import SedacConfig
 from sedac_hf.errors import LoadError, SedacError
@@ -43,6 +44,12 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
+
+
+def commit_of(path: str, **hub: Any) -> str | None:
+    """The commit that a hub id's files come from; None for a folder."""
+    found: str | None = None if os.path.isdir(path) else extract_commit_hash(_find(path, CONFIG_FILE, **hub), None)
+    return found
 
 
 def read_policy(path: str, config: SedacConfig, **hub: Any) -> Policy | None:

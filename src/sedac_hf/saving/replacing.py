@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,15 +30,21 @@ def move_into_place(folder: Path, target: Path, replaced: Callable[[str], bool])
         return
     shutil.copymode(target, folder)
     others = [path for path in target.iterdir() if not replaced(path.name) and not (folder / path.name).exists()]
-    files = [path for path in others if path.is_file() and not path.is_symlink()]
+    files = {path for path in others if path.is_file() and not path.is_symlink()}
+    folders = [path for path in others if path not in files]  # and links: they cannot lie in two places
     for path in files:
         _link(path, folder / path.name)
-    inside = os.path.samefile(os.curdir, target)
-    _exchange(folder, target)
-    if inside:
-        os.chdir(target)  # or this process would stay in the old one
-    for path in set(others) - set(files):  # folders cannot lie in two places
-        os.rename(folder / path.name, target / path.name)
+    inside = os.path.exists(os.curdir) and os.path.samefile(os.curdir, target)
+    try:
+        _exchange(folder, target)
+        if inside:
+            os.chdir(target)  # or this process would stay in the old one
+        for path in folders:
+            os.rename(folder / path.name, path)
+    except BaseException:
+        if any(os.path.lexists(folder / path.name) for path in folders):  # not ours, so not to be deleted
+            os.rename(folder, tempfile.mkdtemp(prefix=f"{target.name}.old.", dir=target.parent))
+        raise
 
 
 def _link(path: Path, copy: Path) -> None:

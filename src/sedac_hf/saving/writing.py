@@ -97,7 +97,7 @@ def _write(
 
 
 def _name_base(model: SedacForCausalLM, config: SedacConfig) -> None:
-    """Where an adapter finds its base again: the commit that it came from, where it came from a repository."""
+    """Where an adapter finds its base again."""
     base = model.model.name_or_path or model.config.base_model_name_or_path
     if not base:
         raise LoadError("an adapter must name its base, but this base has no `name_or_path`; save the whole model")
@@ -105,4 +105,4 @@ def _name_base(model: SedacForCausalLM, config: SedacConfig) -> None:
         config.base_model_name_or_path = os.path.abspath(base)
     else:
         config.base_model_name_or_path = base
-        config.base_revision = getattr(model.model.config, "_commit_hash", None) or model.config.base_revision
+        config.base_revision = model.config.base_revision
