@@ -58,8 +58,8 @@ def load_model(
 
 def _config_with(path: str, extra_memory: float) -> SedacConfig:
     """A saved configuration with this cap; for a plain decoder a new one."""
-    from sedac_hf.adapter_files import read_config
     from sedac_hf.configuration import SedacConfig, check_extra_memory
+    from sedac_hf.saving.reading import read_config
 
     cap = check_extra_memory(extra_memory)
     config = read_config(path)

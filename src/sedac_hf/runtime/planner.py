@@ -59,6 +59,8 @@ class GenerationPlanner:
             return True, "the ranks of a tensor-parallel base must choose alike, so nothing is measured"
         if consistent:
             return True, "asked for"
+        if rows == 0:
+            return False, "no rows"
         self._compare_kernels(rows)
         weight = runtime.sites[-1].weight
         key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
