@@ -275,6 +275,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---------------------------------------------------------------- running
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unfilled, (type(self.model),), self.__dict__
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward; hooks cut its FFNs. A plain call always cuts (once calibrated)."""
         return self.model(*args, **kwargs)
@@ -366,6 +369,11 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to draw: the base drew its own, probes come from calibration."""
+
+
+def _unfilled(base_class: Any) -> SedacForCausalLM:
+    """What a copy or a pickle is filled into: classes that are made here have no name to be found by."""
+    return class_for(base_class).__new__(class_for(base_class))
 
 
 @functools.cache

@@ -82,6 +82,9 @@ class Execution:
             if not state.whole and state.controller_state is not None:
                 runtime.tally.fail_safe(state.n_tokens)  # what is behind the missing checkpoint ran whole
         self.irregular = state.irregular
+        if torch.is_grad_enabled() and _runs_layers_again(runtime.model):
+            state.over = True
+            self.site_cuts.for_backward = state
         counted = state.counted
         for idx, risks, exited, ratio in state.decided:
             failed = int(np.count_nonzero(~np.isfinite(risks[counted])))
@@ -146,7 +149,7 @@ class Execution:
             runtime.on_decision(
                 idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels
             )
-        state.plan = self.site_cuts.plan(levels)
+        state.plan = state.plans[idx] = self.site_cuts.plan(levels)
 
     def _look(self, state: ForwardPass, output: Any) -> None:
         rows = token_rows(output, self._runtime.hidden_size, state.shape)
@@ -210,6 +213,15 @@ class Execution:
             risk = risk if shard is None else shard.agreed(risk)
         runtime.tally.probe(probes.parameters_per_token, n_tokens)
         return np.ascontiguousarray(risk.detach().to("cpu", torch.float32).numpy())
+
+
+def _runs_layers_again(model: nn.Module) -> bool:
+    """Whether a backward pass runs layers again (gradient checkpointing, by whatever name the base's class has it)."""
+    return (
+        any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if model.training
+        else False
+    )
 
 
 def _without(failed: np.ndarray, risks: np.ndarray) -> np.ndarray:

@@ -75,6 +75,8 @@ class ForwardPass:
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
     by_time: a module runs where it was measured to be quicker than its kernel.
     uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
+    plans: levels by the checkpoint that gave them.
+    over: the pass has ended; its layers run again because a backward pass needs what checkpointing did not keep.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     recorded: sites whose call has been counted.
     Counted together when the pass ends, which is quicker where a pass is short: decided, (checkpoint_idx, risks,
@@ -92,6 +94,8 @@ class ForwardPass:
     controller_state: Any = None
     shape: tuple[int, int] | None = None
     plan: LevelPlan | None = None
+    plans: dict[int, LevelPlan] = field(default_factory=dict)
+    over: bool = False
     next_checkpoint: int = 0
     irregular: str | None = None
     fixed_plans: dict[str, LevelPlan] = field(default_factory=dict)
