@@ -56,6 +56,12 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
 
 
+def tokenizer_path(path: str, config: PreTrainedConfig) -> str:
+    """Folder or hub id of a model's tokenizer: the model's own, or where an adapter holds none its base's."""
+    base = getattr(config, "base_model_name_or_path", None)
+    return str(base) if base and _find(path, "tokenizer_config.json") is None else path
+
+
 def class_of(config: PreTrainedConfig) -> Any:
     """The class of the plain decoder with this configuration.
 

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from sedac_hf.adapter_files import tokenizer_path
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation import perplexity
 from sedac_hf.modeling import SedacForCausalLM
@@ -55,8 +56,8 @@ class SedacPerplexity(evaluate.Metric):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if isinstance(model, str):
-            tokenizer = model if tokenizer is None else tokenizer
-            model = SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
+            path, model = model, SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
+            tokenizer = tokenizer_path(path, model.config) if tokenizer is None else tokenizer
         if isinstance(tokenizer, str):
             from transformers import AutoTokenizer
 
