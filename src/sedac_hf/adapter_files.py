@@ -6,18 +6,20 @@ weights are always loaded by the base's class, whatever its format, quantization
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -110,7 +112,20 @@ def load_base(path: str, config: SedacConfig, kwargs: Mapping[str, Any]) -> Any:
     """
     if os.path.isdir(path) and not any(Path(path, kwargs.get("subfolder") or "").glob("model*.safetensors")):
         raise LoadError(f"{path} must hold the base's weights (model*.safetensors) or name a base; it does neither")
-    return load_weights(path, config=config.text_config, **kwargs)
+    return load_weights(path, config=_of_its_class(config.text_config, path, kwargs), **kwargs)
+
+
+def _of_its_class(config: PreTrainedConfig, path: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """A base's configuration, by the class in the code beside its weights where it has none of transformers'."""
+    if type(config) is not PreTrainedConfig:
+        return config
+    try:
+        resolve_trust_remote_code(kwargs.get("trust_remote_code"), path, False, True)
+        kind = get_class_from_dynamic_module(config.auto_map["AutoConfig"], path, **hub_arguments(kwargs))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"the configuration of the base in {path} cannot be read: {error}") from error
+    kind.register_for_auto_class()  # its code is saved with it
+    return cast(PreTrainedConfig, kind(**{name: value for name, value in vars(config).items() if name[0] != "_"}))
 
 
 def load_weights(path: str, **kwargs: Any) -> Any:
@@ -211,28 +226,29 @@ def save(model: SedacForCausalLM, directory: str | os.PathLike[str], *, adapter_
 
 
 def _write(model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs: dict[str, Any]) -> None:
-    config = SedacConfig.from_dict(model.config.to_dict())
-    config.architectures = ["SedacForCausalLM"]
-    config.text_config.architectures = [type(model.model).__name__]
-    config.base_model_name_or_path = config.base_revision = None
     if adapter_only:
         base = model.model.name_or_path or model.config.base_model_name_or_path
         if not base:
             raise LoadError("an adapter must name its base, but this base has no `name_or_path`; save the whole model")
-        config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
-        config.base_revision = model.config.base_revision
+    elif model.runtime.sharded:
+        raise LoadError(
+            "a tensor-parallel model can be saved as an adapter only: use `adapter_only=True` on one rank; its "
+            "base is the checkpoint that it was loaded from"
+        )
     else:
-        if model.runtime.sharded:
-            raise LoadError(
-                "a tensor-parallel model can be saved as an adapter only: use `adapter_only=True` on one rank; its "
-                "base is the checkpoint that it was loaded from"
-            )
         state = kwargs.pop("state_dict", None)
         if state is not None:
             prefix = f"{model.base_model_prefix}."
             kwargs["state_dict"] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         with model.runtime.weights.natural_order():
             model.model.save_pretrained(folder, **kwargs)
+    config = copy.deepcopy(model.config)  # now: the base's says where its code is, if it has its own
+    config.architectures = ["SedacForCausalLM"]
+    config.text_config.architectures = [type(model.model).__name__]
+    config.base_model_name_or_path = config.base_revision = None
+    if adapter_only:
+        config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+        config.base_revision = model.config.base_revision
     policy = model.runtime.policy
     if policy is not None:
         save_file(policy.to_tensors(), folder / TENSORS_FILE, metadata={"format": "pt"})
