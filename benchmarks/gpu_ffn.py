@@ -76,13 +76,13 @@ class Layer:
 
     def truncated(self, x: Tensor, widths: Tensor) -> Tensor:
         w = self.weights
-        y: Tensor = truncated_ffn(x, widths, w.gate, w.up, w.down, None, None, None, "silu")
+        y: Tensor = truncated_ffn(x, widths, w.gate, w.up, w.down, None, None, None, "silu", 0)
         return y
 
     def selected(self, x: Tensor, widths: Tensor, least: Tensor) -> Tensor:
         w, deciding = self.weights, (self.shadow.codes, self.shadow.scales, None, self.unit_norm)
         y: Tensor = selected_ffn(
-            x, widths, least, *deciding, w.gate, w.up, self.down_by_columns, None, None, None, "silu"
+            x, widths, least, *deciding, w.gate, w.up, self.down_by_columns, None, None, None, "silu", 0
         )
         return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 import os
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from sedac_hf.errors import ConfigError
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_ALPHA = 0.1
 DEFAULT_CONFIDENCE_DECAY = 0.9
@@ -179,6 +183,9 @@ class SedacConfig(PreTrainedConfig):
             `sedac_hf.runtime.memory`).
         shadow_bits: of the shadow that a policy which selects was calibrated with: 4, 3, 2, or 0 (the exact gate).
         base_model_name_or_path, base_revision: where an adapter finds its base.
+        base_fingerprint: of the weights that the policy was made for (`sedac_hf.saving.fingerprint`).
+        kwargs: those of `PreTrainedConfig`. As there, others are kept as attributes; one that is nearly the name of an
+            argument above is an error, another that no configuration knows a warning.
 
     Raises:
         ConfigError: a value is out of range, or an environment variable cannot be read.
@@ -210,6 +217,7 @@ class SedacConfig(PreTrainedConfig):
         shadow_bits: int = SHADOW_BITS[0],
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
+        base_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         base_config: Any = text_config
@@ -249,6 +257,7 @@ class SedacConfig(PreTrainedConfig):
         self.shadow_bits = _one_of("shadow_bits", shadow_bits, (*SHADOW_BITS, 0))
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
+        self.base_fingerprint = base_fingerprint
         if base_config is not None:
             # The setters recurse into nested configurations: one value for all, or none, would overwrite theirs.
             for kind in ("attn", "experts"):
@@ -260,6 +269,7 @@ class SedacConfig(PreTrainedConfig):
                 if value is not None:
                     kwargs.setdefault(name, value)
         kwargs["tie_word_embeddings"] = False  # the base ties its own
+        _look_at_unknown(kwargs)
         super().__init__(**kwargs)
 
     def to_sedac_dict(self) -> dict[str, Any]:
@@ -319,6 +329,12 @@ _OWN_ARGUMENTS = tuple(
     for name in inspect.signature(SedacConfig.__init__).parameters
     if name not in ("self", "text_config", "kwargs")
 )
+# Arguments of every configuration of transformers that are not among its fields.
+_TRANSFORMERS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("tie_word_embeddings", "use_cache", "attn_implementation", "experts_implementation", "name_or_path"),
+    *("torch_dtype", "quantization_config", "distributed_config", "auto_map", "per_layer_config"),
+)
 _EXPOSED = (
     "vocab_size",
     "hidden_size",
@@ -327,6 +343,20 @@ _EXPOSED = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+
+
+def _look_at_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keys that are misspelt arguments of `SedacConfig`; warn of others that no configuration has."""
+    known = {*PreTrainedConfig.__dataclass_fields__, *_TRANSFORMERS, *_EXPOSED}
+    for name in sorted(kwargs.keys() - known):
+        likely = difflib.get_close_matches(name, (*_OWN_ARGUMENTS, "text_config"), n=1, cutoff=0.8)
+        if likely:
+            raise ConfigError(f"a SedacConfig has no `{name}`: did you mean `{likely[0]}`?")
+        if not name.startswith("_"):
+            logger.warning_once(
+                f"a SedacConfig has no `{name}`: it is kept as an attribute and changes nothing. Was it saved by a "
+                "newer sedac-hf?"
+            )
 
 
 def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:

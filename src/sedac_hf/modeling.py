@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -14,12 +15,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from sedac_hf import adapter_files
 from sedac_hf.configuration import SedacConfig, default_layer_configs
 from sedac_hf.control import controller_class
 from sedac_hf.errors import ConfigError
 from sedac_hf.mirroring import mirrored_members
 from sedac_hf.runtime import SedacRuntime, generating
+from sedac_hf.saving import bases, hub
+from sedac_hf.saving.loading import load_saved
+from sedac_hf.saving.reading import commit_of, hub_arguments, read_config
+from sedac_hf.saving.writing import save
 
 if TYPE_CHECKING:
     from sedac_hf.calibration import CalibrationReport
@@ -68,7 +72,7 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SedacConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if base_model is None:
-            base_model = adapter_files.from_config(config.text_config)
+            base_model = bases.from_config(config.text_config)
         self.model = base_model
         config.text_config = base_model.config
         for module in base_model.modules():
@@ -137,13 +141,14 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             sedac_config: law and choices for a plain decoder.
             base_model: for an adapter, the base to use (object, folder or id) instead of the one that it names.
             kwargs: passed to the base's ``from_pretrained`` (dtype, device_map, quantization_config, revision, token,
-                local_files_only, ...).
+                local_files_only, ...), except for ``ignore_base_mismatch=True``, which takes also a base with other
+                weights than the policy was made for.
 
         Returns:
             The model in eval mode, or ``(model, loading_info)`` with ``output_loading_info=True``.
 
         Raises:
-            LoadError: a file is missing, damaged or does not fit the base.
+            LoadError: a file is missing, damaged or does not fit the base, or the base has other weights.
         """
         path = str(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -151,28 +156,28 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs.pop("adapter_kwargs", None)
         if isinstance(config, SedacConfig) and config.text_config is None:
             config, sedac_config = None, config
-        hub = adapter_files.hub_arguments(kwargs)
-        trust = kwargs.get("trust_remote_code")
         given = config if isinstance(config, PreTrainedConfig) else None
-        found = given or adapter_files.read_config(str(config or path), trust_remote_code=trust, **hub)
+        where = hub_arguments(kwargs)
+        found = given or read_config(str(config or path), kwargs.get("trust_remote_code"), **where)
         if isinstance(found, SedacConfig):
-            base, info = _split(_load_base(path, found, base_model, kwargs))
+            base, revision, info, policy, report = load_saved(path, found, base_model, kwargs)
             model = cls.from_base(base, found)
-            policy = adapter_files.read_policy(path, found, **hub)
             if policy is not None:
                 model.install(policy)
-            model.calibration_report = adapter_files.read_report(path, **hub)
+            model.calibration_report = report
         else:
             if base_model is not None:
                 raise ConfigError("`base_model` goes with an adapter; this path holds a plain decoder")
             if given is not None:
                 kwargs["config"] = given
-            base, info = _split(adapter_files.load_weights(path, **kwargs))
+            kwargs.pop("ignore_base_mismatch", None)
+            base, info = bases.load_weights(path, **{**kwargs, "output_loading_info": True})
             model = cls.from_base(base, sedac_config)
-            model.config.base_revision = kwargs.get("revision")
+            revision = commit_of(path, **where) or kwargs.get("revision")
             logger.warning_once(
                 f"{path} is a plain decoder: the wrapped model is uncalibrated and skips nothing; run `calibrate(...)`"
             )
+        model.config.base_revision = revision
         model.name_or_path = path
         model.eval()
         return (model, info) if kwargs.get("output_loading_info") else model
@@ -187,20 +192,31 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the whole model, or what is SEDAC's alone, as safetensors and JSON.
 
-        The files are written to a temporary folder first and then moved into place, the configuration last, so that an
-        interrupted save leaves no half model. Base weights are written in natural channel order.
+        The files are written to a temporary folder first, which then takes the place of an older save; other files in
+        the folder stay, a README.md of your own too. Base weights are written in natural channel order.
 
         Args:
             save_directory: made where it does not exist.
             adapter_only: leave the base's weights out; the adapter names the base and its revision.
-            push_to_hub: upload afterwards; further arguments as in transformers.
+            push_to_hub: upload afterwards what was written.
+            kwargs: those of transformers' ``save_pretrained``, and with ``push_to_hub`` those of that method.
         """
         if kwargs.pop("safe_serialization", True) is False:
             raise ConfigError("sedac-hf writes safetensors only; leave `safe_serialization` out")
-        if kwargs.get("is_main_process", True):
-            adapter_files.save(self, save_directory, adapter_only=adapter_only, **kwargs)
+        where = hub.take_arguments(kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))))
+            hub.save_and_upload(self, save_directory, where, adapter_only=adapter_only, **kwargs)
+        else:
+            save(self, save_directory, adapter_only=adapter_only, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, adapter_only: bool = False, **kwargs: Any) -> Any:
+        """Upload the model, or the adapter alone; further arguments and the result as in transformers."""
+        where = {**hub.take_arguments(kwargs), "repo_id": repo_id}
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model")
+            return hub.save_and_upload(self, path, where, adapter_only=adapter_only, **kwargs)
 
     def install(self, policy: Policy) -> None:
         """Run by this policy from now on, and describe it in the configuration."""
@@ -362,25 +378,7 @@ def class_for(base_class: Any) -> type[SedacForCausalLM]:
 def _base_class(config: SedacConfig) -> Any:
     if config.text_config is None:
         raise ConfigError("`text_config` must hold the base decoder's configuration, got None")
-    return adapter_files.class_of(config.text_config)
-
-
-def _split(loaded: Any) -> tuple[PreTrainedModel, Any]:
-    return loaded if isinstance(loaded, tuple) else (loaded, None)
-
-
-def _load_base(
-    path: str, config: SedacConfig, base_model: PreTrainedModel | str | os.PathLike[str] | None, kwargs: Any
-) -> Any:
-    """The base of a saved SEDAC model: the one given, the one that an adapter names, or the one in the same folder."""
-    if isinstance(base_model, PreTrainedModel):
-        return base_model
-    if base_model is None and config.base_model_name_or_path is None:
-        return adapter_files.load_base(path, config, kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    if base_model is None and config.base_revision is not None:
-        kwargs["revision"] = config.base_revision
-    return adapter_files.load_weights(str(base_model or config.base_model_name_or_path), **kwargs)
+    return bases.class_of(config.text_config)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:

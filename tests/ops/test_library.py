@@ -26,7 +26,7 @@ D, F = 24, 40
 
 def ffn(weights: FFNWeights, activation: str = "silu") -> tuple[object, ...]:
     biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
-    return (weights.gate, weights.up, weights.down, *biases, activation)
+    return (weights.gate, weights.up, weights.down, *biases, activation, 0)
 
 
 def shadow(weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -96,7 +96,7 @@ def test_one_graph_serves_every_count(backend: str) -> None:
     decides = shadow(weights)
 
     def step(x: Tensor, widths: Tensor, least: Tensor) -> Tensor:
-        parts = (both[:F], both[F:], down, None, None, None, "silu")
+        parts = (both[:F], both[F:], down, None, None, None, "silu", 0)
         y = truncated_ffn(x * 2, widths, *parts)
         return selected_ffn(y, widths, least, *decides, *parts) + 1
 
@@ -132,7 +132,7 @@ def test_weights_are_not_copied_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(library, "_weights", watched)
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda x, widths: truncated_ffn(x + 1, widths, both[:F], both[F:], down, None, None, None, "silu"),
+        lambda x, widths: truncated_ffn(x + 1, widths, both[:F], both[F:], down, None, None, None, "silu", 0),
         fullgraph=True,
     )
     compiled(inputs(2), int32(3, 4))
@@ -171,7 +171,7 @@ def test_the_cpu_needs_no_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from sedac_hf.ops.library import triton_is_installed, truncated_ffn as run\n"
         "x, widths = torch.ones(2, 3), torch.tensor([0, 4], dtype=torch.int32)\n"
-        "y = run(x, widths, None, torch.ones(4, 3), torch.ones(3, 4), None, None, None, 'relu')\n"
+        "y = run(x, widths, None, torch.ones(4, 3), torch.ones(3, 4), None, None, None, 'relu', 0)\n"
         "print(y.tolist(), triton_is_installed())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

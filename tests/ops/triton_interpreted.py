@@ -74,7 +74,7 @@ def test_what_is_registered_for_cuda_is_what_is_registered_for_the_cpu(case: Cas
     problem = Problem.of(case)
     problem = replace(problem, x=problem.x.T.contiguous().T)  # rows that lie scattered are copied
     w = problem.weights
-    ffn = (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias, case.activation)
+    ffn = (w.gate, w.up, w.down, w.gate_bias, w.up_bias, w.down_bias, case.activation, 0)
     if case.shares is None:
         got = library._truncated_on_cuda(problem.x, problem.widths, *ffn)
         wanted = library.truncated_ffn(problem.x, problem.widths, *ffn)

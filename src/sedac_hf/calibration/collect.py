@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from sedac_hf.errors import CalibrationError, EvaluationError
 from sedac_hf.evaluation import Batch, WindowSet, check_finite, make_batch, nll_of_logits, scored_logits
 from sedac_hf.evaluation.scoring import batches, default_batch_size, input_device, vocabulary_size
+from sedac_hf.ops.contract import is_ordinary
 from sedac_hf.runtime import SedacRuntime
 
+_ORDERED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _IMPORTANCE_ROWS = 768  # tokens per FFN whose importances are kept ...
 _IMPORTANCE_VALUES = 1 << 18  # ... and at most so many values of them
 
@@ -42,6 +44,25 @@ def stream(runtime: SedacRuntime, windows: WindowSet, progress: bool, descriptio
     device = input_device(runtime.model)
     for group in tqdm(groups, desc=description, unit="batch", disable=not progress):
         yield make_batch(group, device)
+
+
+def check_weights(runtime: SedacRuntime) -> None:
+    """Raise CalibrationError, which names them, where ordinary parameters of the model hold NaN.
+
+    Infinite ones show in the logits, or do no harm.
+    """
+    bad = [
+        name
+        for name, parameter in runtime.model.named_parameters()
+        if is_ordinary(parameter) and parameter.dtype in _ORDERED and parameter.numel() and not parameter.is_meta
+        # The least value is NaN where one is, and no copy is made to find it.
+        if bool(torch.isnan(parameter.detach().amin()))
+    ]
+    if bad:
+        raise CalibrationError(
+            f"the model's weights must be finite numbers, got NaN in {', '.join(bad[:3])}"
+            f"{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}: load or download the model again"
+        )
 
 
 def check_tokenizer(runtime: SedacRuntime, *parts: WindowSet) -> None:

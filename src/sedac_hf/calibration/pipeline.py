@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedac_hf.calibration.collect import check_dense, check_tokenizer
+from sedac_hf.calibration.collect import check_dense, check_tokenizer, check_weights
 from sedac_hf.calibration.dial import Dial
 from sedac_hf.calibration.fitting import Fitted, fit
 from sedac_hf.calibration.outcome import (
@@ -127,6 +127,7 @@ def calibrate(
         runtime.model, tokenizer, texts, context=context, fit_tokens=fit_tokens, held_out_tokens=held_out_tokens,
         least_tokens=LEAST_TOKENS, seed=seed,
     )  # fmt: skip
+    check_weights(runtime)
     check_tokenizer(runtime, text.fit, text.held_out)
     former, former_layers = runtime.policy, runtime.checkpoint_layers
     runtime.uninstall()

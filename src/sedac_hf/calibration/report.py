@@ -96,9 +96,12 @@ class CalibrationReport:
         own["notes"] = tuple(values["notes"])
         return cls(**own)
 
-    def table(self) -> Table:
-        """The figures as a rich table."""
-        table = Table(title=f"Calibration: {self.cut} ({self.objective})", show_header=False)
+    @property
+    def title(self) -> str:
+        return f"Calibration: {self.cut} ({self.objective})"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The figures in words: (what, value)."""
         asked = (
             f"needed share {self.requested_share:.0%}"
             if self.requested_share is not None
@@ -138,7 +141,12 @@ class CalibrationReport:
         )
         for note in self.notes:
             rows.append(("note", note))
-        for name, value in rows:
+        return rows
+
+    def table(self) -> Table:
+        """`rows` as a rich table."""
+        table = Table(title=self.title, show_header=False)
+        for name, value in self.rows():
             table.add_row(name, value)
         return table
 

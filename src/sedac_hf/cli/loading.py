@@ -58,8 +58,8 @@ def load_model(
 
 def _config_with(path: str, extra_memory: float) -> SedacConfig:
     """A saved configuration with this cap; for a plain decoder a new one."""
-    from sedac_hf.adapter_files import read_config
     from sedac_hf.configuration import SedacConfig, check_extra_memory
+    from sedac_hf.saving.reading import read_config
 
     cap = check_extra_memory(extra_memory)
     config = read_config(path)
@@ -73,6 +73,6 @@ def load_tokenizer(model: str, loaded: SedacForCausalLM, tokenizer: str | None =
     """The tokenizer that was named, else the model's own, else (for an adapter) that of its base."""
     from transformers import AutoTokenizer
 
-    from sedac_hf.adapter_files import tokenizer_path
+    from sedac_hf.saving.reading import tokenizer_path
 
     return AutoTokenizer.from_pretrained(tokenizer or tokenizer_path(model_path(model), loaded.config))

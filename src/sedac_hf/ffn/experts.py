@@ -1,7 +1,8 @@
 """The experts of a mixture-of-experts layer: many FFNs in a few 3-D parameters, of which a token uses some.
 
-Found by what transformers' experts interface lays down (parameters, flags, the call ``(x, index, weights)``) and
-checked on numbers: where a module's forward is not what its flags say, it is no FFN of ours and runs whole.
+Found by what transformers' experts interface lays down (names of parameters, flags, the call ``(x, index, weights)``),
+flags that are missing being read off the shapes, and checked on numbers: where a module's forward is something else,
+it is no FFN of ours and runs whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sedac_hf.ops.activations import Activation
 from sedac_hf.ops.contract import FFNWeights, is_ordinary
 from sedac_hf.ops.experts import cut_experts
 
-_FLAGS = ("has_gate", "is_transposed", "is_concatenated", "has_bias", "has_post_expert_norm")
+_FLAGS = {"is_concatenated": True, "has_bias": False, "has_post_expert_norm": False}
 _ROUTED = ("top_k", "num_experts_per_tok", "num_selected_experts")
 _TRIED = 3  # rows, and experts
 
@@ -31,7 +32,7 @@ class Experts:
 
     count: experts; top_k: of them, those that a token uses; gated: ``first`` holds gate and up; transposed: weights
     lie [in, out]; interleaved: gate and up rows take turns; activation: where ``h = act(gate x) * up x`` (or
-    ``act(up x)``) was seen on numbers, else None.
+    ``act(up x)``) was seen on numbers, else None; identity: further experts, without weights, give x itself.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Experts:
     interleaved: bool
     biased: bool
     activation: Activation | None = None
+    identity: bool = False
 
     @property
     def first_name(self) -> str:
@@ -84,8 +86,12 @@ class Experts:
             parts = [slice(0, k), slice(f, f + k)]
             z = torch.cat([functional.linear(x, rows[p], None if bias is None else bias[p]) for p in parts], dim=-1)
         module: Any = self.module
-        h: Tensor = module._apply_gate(z) if self.gated else module.act_fn(z)
-        return h
+        if not self.gated:
+            return cast(Tensor, module.act_fn(z))
+        if hasattr(module, "_apply_gate"):
+            return cast(Tensor, module._apply_gate(z))
+        gate, up = z.chunk(2, dim=-1)
+        return cast(Tensor, module.act_fn(gate) * up)
 
     def project(self, expert: int, h: Tensor) -> Tensor:
         """Down of an expert for its first units h [m, k] -> [m, d], bias added."""
@@ -130,10 +136,7 @@ def as_experts(module: nn.Module, parent: nn.Module | None) -> Experts | None:
 
     parent: the block around it, which knows how many of them a token uses.
     """
-    flags = {name: getattr(module, name, None) for name in _FLAGS}
-    if not all(isinstance(value, bool) for value in flags.values()) or flags["has_post_expert_norm"]:
-        return None
-    gated, transposed = bool(flags["has_gate"]), bool(flags["is_transposed"])
+    gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
     first, down = getattr(module, "gate_up_proj" if gated else "up_proj", None), getattr(module, "down_proj", None)
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 and is_ordinary(p) for p in (first, down)):
         return None
@@ -141,9 +144,15 @@ def as_experts(module: nn.Module, parent: nn.Module | None) -> Experts | None:
     assert isinstance(down, nn.Parameter)
     if not down.dtype.is_floating_point or down.dtype.itemsize < 2 or getattr(module, "_is_expert_parallel", False):
         return None
+    flags = {name: getattr(module, name, default) for name, default in _FLAGS.items()}
+    flags["is_transposed"] = getattr(module, "is_transposed", first.shape[2] != down.shape[1])
+    if flags["has_post_expert_norm"]:
+        return None
+    transposed = bool(flags["is_transposed"])
     count, d, f = down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
-    wanted = (count, d, (1 + gated) * f) if transposed else (count, (1 + gated) * f, d)
-    if tuple(first.shape) != wanted:
+    if tuple(first.shape[1:]) != ((d, (1 + gated) * f) if transposed else ((1 + gated) * f, d)):
+        return None
+    if first.shape[0] < count:
         return None
     experts = Experts(
         module=module,
@@ -155,6 +164,7 @@ def as_experts(module: nn.Module, parent: nn.Module | None) -> Experts | None:
         transposed=transposed,
         interleaved=gated and not flags["is_concatenated"],
         biased=bool(flags["has_bias"]),
+        identity=first.shape[0] > count,
     )
     if not experts.readable:
         return experts
@@ -178,6 +188,8 @@ def _as_said(experts: Experts) -> bool:
     like = experts.down
     x = torch.randn(n, experts.hidden_size, generator=generator).to(like.device, like.dtype)
     index = torch.stack([(torch.arange(k) - row) % experts.count for row in range(n)]).to(like.device)
+    if experts.identity:
+        index[0, 0] = experts.count
     weights = torch.rand(n, k, generator=generator).to(like.device, like.dtype)
     with torch.no_grad():
         try:

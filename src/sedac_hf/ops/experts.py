@@ -37,6 +37,8 @@ class ExpertMath(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def activation(self) -> Activation | None: ...
+    @property
+    def identity(self) -> bool: ...
     def hidden(self, expert: int, x: Tensor, units: int | None = None) -> Tensor: ...
     def project(self, expert: int, h: Tensor) -> Tensor: ...
     def weights(self, expert: int) -> FFNWeights: ...
@@ -84,7 +86,8 @@ def cut_experts(
 
     Args:
         x: [n, d] in the weights' dtype.
-        index: int64 [n, k], the experts of each token; `experts.count` and above: none.
+        index: int64 [n, k], the experts of each token; `experts.count` and above: none, or with ``experts.identity``
+            one that gives x itself.
         weights: [n, k], the router's.
         cut: ``importance`` is asked as ``importance(x, expert, h)`` for the rows of one expert, h being None where it
             is not known yet; None: everything whole.
@@ -99,7 +102,9 @@ def cut_experts(
     parts = [call.group(group, x[group.rows], routed[group.pairs]) for group in groups]
     known = sum(part.shape[0] for part in parts)
     if known < order.shape[0]:
-        parts.append(x.new_zeros(order.shape[0] - known, x.shape[1], dtype=torch.promote_types(x.dtype, routed.dtype)))
+        rest = order[known:]
+        given = x[rest // max(index.shape[1], 1)] if experts.identity else x.new_zeros(len(rest), x.shape[1])
+        parts.append(given * routed[rest][:, None])
     y = x.new_zeros(x.shape)
     if parts:
         back = torch.empty_like(order)

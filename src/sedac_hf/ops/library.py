@@ -6,32 +6,39 @@
 How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
 the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
 up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
-interleaved); all else computes every unit in plain torch and zeroes what is not used. Both give the same function.
+interleaved); a CPU runs up to `compiled.MAX_ROWS` rows by the compiled kernel that ``kernel`` names (see
+`KernelSource`); all else computes every unit in plain torch and zeroes what is not used. All give the same function.
 
 Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
 gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
-holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`. The
-result is [n, d] in x's dtype, which is the weights'. No gradient is defined: training runs the masking engine.
+holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`,
+``kernel`` a `KernelSource`'s handle or 0. The result is [n, d] in x's dtype, which is the weights'. No gradient is
+defined: training runs the masking engine.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.contract import FFNWeights, ShadowTables
+from sedac_hf.ops.contract import DecodeKernel, FFNWeights, OperatingPoint, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
+from sedac_hf.ops.rust_cpu import CpuFFN
+from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
 # What follows in both; functions below take it as ``*ffn``.
 _FFN = (
-    "Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str activation"
-    ") -> Tensor"
+    "Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str activation, "
+    "int kernel) -> Tensor"
 )
 _TRUNCATED = f"(Tensor x, Tensor widths, {_FFN}"
 _SELECTED = (
@@ -40,8 +47,41 @@ _SELECTED = (
 )
 
 
+class KernelSource:
+    """Where an operator finds the compiled kernel of its weights: graphs hold the number ``handle`` alone.
+
+    Args:
+        kernel: the kernel on the weights as they lie now; kept no longer than this object.
+    """
+
+    def __init__(self, kernel: Callable[[], DecodeKernel | None]) -> None:
+        self.kernel = kernel
+        self.handle = next(_handles)
+        _sources[self.handle] = self
+
+
+_handles = itertools.count(1)
+_sources: WeakValueDictionary[int, KernelSource] = WeakValueDictionary()
+
+
+def _by_kernel(x: Tensor, widths: Tensor, importance_min: Tensor | None, up: Tensor, handle: int) -> Tensor | None:
+    """The FFN by its compiled kernel; None where there is none for this call."""
+    source = _sources.get(handle)
+    kernel = None if source is None else source.kernel()
+    if not isinstance(kernel, CpuFFN) or kernel.weights.up.data_ptr() != up.data_ptr() or not kernel.accepts(x):
+        return None
+    if importance_min is not None and not kernel.selects:
+        return None
+    least = [0.0] * x.shape[0] if importance_min is None else importance_min.tolist()
+    points = [OperatingPoint(max(width, 0), value) for width, value in zip(widths.tolist(), least, strict=True)]
+    return kernel.run_accepted(x, points, kernel_threads())[0]
+
+
 def _truncated(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
     weights = _weights(x, *ffn)
+    y = _by_kernel(x, widths, None, weights.up, ffn[-1])
+    if y is not None:
+        return y
     return _masked(x, weights, _below(widths, weights.intermediate_size))
 
 
@@ -56,6 +96,9 @@ def _selected(
     *ffn: Any,
 ) -> Tensor:
     weights = _weights(x, *ffn)
+    y = _by_kernel(x, widths, importance_min, weights.up, ffn[-1])
+    if y is not None:
+        return y
     sizes = (weights.hidden_size, 4, weights.intermediate_size)
     deciding = LowBitMatrix(codes, scales, *sizes, interleaved=codes.dim() == 5)
     worth = importance(x, deciding, deciding_bias, unit_norm, weights.activation)
@@ -86,6 +129,7 @@ def _weights(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    kernel: int = 0,
 ) -> FFNWeights:
     if activation not in KNOWN:
         raise ConfigError(
@@ -126,7 +170,7 @@ def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
     # Not at the top: a machine without a GPU need not have Triton.
     from sedac_hf.ops.triton_truncate import truncated
 
-    return truncated(x, widths, weights, ffn[-1])
+    return truncated(x, widths, weights, ffn[-2])
 
 
 @selected_ffn.register_kernel("cuda")
@@ -147,7 +191,7 @@ def _selected_on_cuda(
     _need_triton()
     from sedac_hf.ops.triton_select import selected
 
-    return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-1])
+    return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-2])
 
 
 def _need_triton() -> None:

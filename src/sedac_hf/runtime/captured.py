@@ -129,7 +129,13 @@ class CapturedExecution(Execution):
             if isinstance(shadow, Shadow):
                 shadow.move(device)  # the model may have been moved since the shadow was made
         self.sites = [
-            CapturedSite(site, policy.schedule.points[i], runtime.weights.shadows[i], compensation[i])
+            CapturedSite(
+                site,
+                policy.schedule.points[i],
+                runtime.weights.shadows[i],
+                compensation[i],
+                functools.partial(runtime.weights.kernel, i),
+            )
             for i, site in enumerate(runtime.sites)
         ]
         if runtime.probes is not None:

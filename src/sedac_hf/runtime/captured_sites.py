@@ -7,6 +7,7 @@ Everything else computes every unit and zeroes what a token does not use: right,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from sedac_hf.ffn.linears import is_plain, is_readable
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.activations import name_of
-from sedac_hf.ops.contract import Compensation, OperatingPoint
-from sedac_hf.ops.library import selected_ffn, truncated_ffn
+from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint
+from sedac_hf.ops.library import KernelSource, selected_ffn, truncated_ffn
+from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
 
@@ -30,6 +33,7 @@ class CapturedSite(nn.Module):
         points: one operating point per level 0..n_levels.
         shadow: what decides, where a point chooses by importance.
         compensation: what stands in for the units left out.
+        kernel: gives the compiled kernel of the weights, for graphs on a CPU.
 
     Attributes:
         cuts: whether some level runs less than the whole FFN.
@@ -48,6 +52,7 @@ class CapturedSite(nn.Module):
         points: tuple[OperatingPoint, ...],
         shadow: Decider | None,
         compensation: Compensation | None,
+        kernel: Callable[[], DecodeKernel | None] | None = None,
     ) -> None:
         super().__init__()
         self.site = site
@@ -74,6 +79,8 @@ class CapturedSite(nn.Module):
         plain = self.whole_call and all(is_plain(linear) for linear in site.linears)
         self.activation = name_of(site.activation) if plain and site.activation is not None else None
         self.operator = self._operator()
+        self._source = None if kernel is None or not self.operator else KernelSource(kernel)
+        self._handle = 0 if self._source is None else self._source.handle
 
     def _operator(self) -> str:
         # A low-rank map reads the hidden units, which the operators keep to themselves.
@@ -85,6 +92,9 @@ class CapturedSite(nn.Module):
 
     def skips(self, rows: int, device_type: str) -> bool:
         """Whether a call of so many rows leaves out what is not needed on such a device; else it masks."""
+        if device_type == "cpu" and self._source is not None and rows <= MAX_ROWS:
+            kernel = self._source.kernel()
+            return isinstance(kernel, CpuFFN) and (kernel.selects or not self.selects)
         if device_type != "cuda" or not self.operator:
             return False
         return self.operator == "truncated_ffn" or rows <= MOST_SELECTING_ROWS
@@ -102,13 +112,13 @@ class CapturedSite(nn.Module):
         gate, up, down, *biases = self.site.parts()
         y: Tensor
         if self.operator == "truncated_ffn":
-            y = truncated_ffn(x, self.widths[levels], gate, up, down, *biases, self.activation)
+            y = truncated_ffn(x, self.widths[levels], gate, up, down, *biases, self.activation, self._handle)
             return y
         shadow = self.shadow
         assert isinstance(shadow, Shadow)
         deciding = (shadow.deciding.codes, shadow.deciding.scales, shadow.bias, shadow.unit_norm)
         chosen = (self.widths[levels], self.least[levels], *deciding)
-        y = selected_ffn(x, *chosen, gate, up, down, *biases, self.activation)
+        y = selected_ffn(x, *chosen, gate, up, down, *biases, self.activation, self._handle)
         return y
 
     def mask(self, h: Tensor, levels: Tensor, x: Tensor | None, z: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from sedac_hf.adapter_files import tokenizer_path
 from sedac_hf.modeling import SedacForCausalLM
+from sedac_hf.saving.reading import tokenizer_path
 
 
 @register_model("sedac")

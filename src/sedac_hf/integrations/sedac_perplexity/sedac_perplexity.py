@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from sedac_hf.adapter_files import tokenizer_path
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation import perplexity
 from sedac_hf.modeling import SedacForCausalLM
+from sedac_hf.saving.reading import tokenizer_path
 
 _DESCRIPTION = """\
 Perplexity of a causal language model, weighted by tokens, under a named protocol (sliding, windows or document). For a

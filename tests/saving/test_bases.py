@@ -7,7 +7,7 @@ import torch
 from transformers import T5Config
 
 from sedac_hf import LoadError, SedacConfig, SedacForCausalLM
-from sedac_hf.adapter_files import class_of
+from sedac_hf.saving.bases import class_of
 from tests.families import build
 from tests.policies import random_policy
 
