@@ -6,21 +6,20 @@ activation, what can be sliced, kernels and order, follows from the numbers as f
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import cast
 
-import torch
 from torch import nn
 
 from sedac_hf.errors import ConfigError, UnsupportedModelError
-from sedac_hf.ffn.channel_order import apply_order, can_reorder
-from sedac_hf.ffn.linears import close, is_here, linear_shape, slices_of, weight_of
+from sedac_hf.ffn.channel_order import can_reorder
+from sedac_hf.ffn.linears import is_here, linear_shape, slices_of, weight_of
 from sedac_hf.ffn.matching import unit_parameters
 from sedac_hf.ffn.site import FFNSite, Kind, UnitParameter
+from sedac_hf.ffn.trials import has_others, order_is_lossless
 from sedac_hf.ffn.verify import applied, probe_for, run_alone
 from sedac_hf.ops.activations import Activation
 
@@ -174,17 +173,9 @@ def _as_site(told: RegisteredSite, owner: nn.Module, layer_idx: int, name: str) 
     if not (callable(activation) or told.activation is None):
         raise _unfit(told, owner, name, f"have a callable {told.activation!r} for its activation, got {activation!r}")
     site = FFNSite(
-        layer_idx,
-        name,
-        owner,
-        kind,
-        parts.get("gate"),
-        parts["up"],
-        parts["down"],
-        d,
-        f,
+        layer_idx, name, owner, kind, parts.get("gate"), parts["up"], parts["down"], d, f,
         activation=cast("Activation | None", activation),
-    )
+    )  # fmt: skip
     return replace(site, beside=_beside(told, site))
 
 
@@ -219,15 +210,12 @@ def _keeps_shape(activation: object) -> bool:
     return callable(activation) and applied(activation, probe_for(activation)) is not None
 
 
-# -------------------------------------------------------------------- other parameters of the owner
-
-
 def _beside(told: RegisteredSite, site: FFNSite) -> tuple[UnitParameter, ...]:
     """Those of the owner's other parameters that go with its units, told by what an order of the units does.
 
     No names are believed here: a matrix of the same size may be a part of the FFN's or another thing.
     """
-    if not _others(site, (site.intermediate_size, 2 * site.intermediate_size)):
+    if not has_others(site, (site.intermediate_size, 2 * site.intermediate_size)):
         return ()
     if not can_reorder(site):  # then it never is, and what is no slice is cut by zeroing
         if all(slices_of(linear).prefix for linear in site.linears):
@@ -238,61 +226,10 @@ def _beside(told: RegisteredSite, site: FFNSite) -> tuple[UnitParameter, ...]:
     for size in range(min(len(modules), _MOST_BESIDE) + 1):
         for chosen in itertools.combinations(modules, size):
             beside = tuple(each for each in found if any(each.module is module for module in chosen))
-            if _order_is_lossless(site, beside):
+            if order_is_lossless(site, beside):
                 return beside
     must = (
         "give the same for hidden states alone when its units, with norms, scales and maps over them, are put in "
         f"another order; it holds more than these parts that {_SIDE}, and does not"
     )
     raise _unfit(told, site.owner, site.name, must)
-
-
-def _others(site: FFNSite, sizes: tuple[int, ...] | None = None) -> bool:
-    """Whether the owner has parameters beside its linears', of more than one number, or with a side of ``sizes``."""
-    ours = {id(parameter) for linear in site.linears for parameter in linear.parameters()}
-    others = (p for p in (*site.owner.parameters(), *site.owner.buffers()) if id(p) not in ours and p.numel() > 1)
-    return any(sizes is None or set(sizes) & set(other.shape) for other in others)
-
-
-def _order_is_lossless(site: FFNSite, beside: tuple[UnitParameter, ...]) -> bool:
-    """Whether putting the units, with the parameters ``beside`` them, in another order leaves the owner's output."""
-    trial = _with_random_numbers(replace(site, beside=beside))
-    if trial is None or not can_reorder(trial):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, site.hidden_size, generator=generator)
-    with torch.no_grad():
-        before = run_alone(trial.owner, x)
-        if before is None:
-            return False
-        apply_order(trial, torch.randperm(site.intermediate_size, generator=generator))
-        return close(run_alone(trial.owner, x), before)
-
-
-def holds_with_other_numbers(site: FFNSite, formula: Callable[[FFNSite], Activation | None]) -> bool:
-    """Whether what was seen of a site is still seen with random numbers in all parameters of its owner.
-
-    A norm of ones and an adapter of zeros show only so; an owner that has its linears alone is not tried again.
-    """
-    if not _others(site):
-        return True
-    trial = _with_random_numbers(site)
-    return trial is not None and formula(trial) is not None
-
-
-def _with_random_numbers(site: FFNSite) -> FFNSite | None:
-    """A copy of a site and its owner in float32 with random weights; None where it cannot be copied."""
-    if any(parameter.is_meta for parameter in site.owner.parameters()) or hasattr(site.owner, "_hf_hook"):
-        return None
-    try:
-        trial = copy.deepcopy(site)
-        trial.owner.to("cpu", torch.float32)
-    except Exception:  # whatever a foreign module raises, it cannot be tried
-        return None
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in trial.owner.parameters():
-            if parameter.is_floating_point():
-                values = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(values / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * values)
-    return trial

@@ -16,9 +16,10 @@ from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.experts import as_experts
 from sedac_hf.ffn.linears import linear_shape
 from sedac_hf.ffn.matching import layer_sites
-from sedac_hf.ffn.registry import apart_from, holds_with_other_numbers, registered_sites
+from sedac_hf.ffn.registry import apart_from, registered_sites
 from sedac_hf.ffn.sharded import shard_of
 from sedac_hf.ffn.site import FFNSite, ModelSites
+from sedac_hf.ffn.trials import holds_with_other_numbers
 from sedac_hf.ffn.verify import named_activation, verified_formula
 from sedac_hf.ops.activations import Activation
 
