@@ -9,23 +9,22 @@ is known run `sedac_hf.ops.cut_ffn` at the owner instead, with the coupled linea
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.experts import Experts
+from sedac_hf.ffn.expert_calls import ExpertsOwner
 from sedac_hf.ffn.linears import bias_of, original_forward, rows, sliced, weight_of
 from sedac_hf.ffn.shadow import ExactGate
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ffn.slicing import why_masked
 from sedac_hf.ops import SiteCut, cut_ffn
-from sedac_hf.ops.experts import ExpertKernels, cut_experts
+from sedac_hf.ops.experts import ExpertKernels
 from sedac_hf.ops.tokens import (
     add_level_bias,
     add_low_rank,
@@ -69,7 +68,7 @@ def forward_replacements(
     """
     call = _Calls(site, current, uneven)
     if site.experts is not None:
-        return [(site.owner, _ExpertsOwner(call, site.experts, kernels).forward)]
+        return [(site.owner, ExpertsOwner(call, site.experts, kernels).forward)]
     pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
     if site.gate is not None:
         pairs.append((site.gate, _Producer(call, site.gate, gives_x=True).forward))
@@ -268,33 +267,3 @@ class _Owner:
         kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
         y = cut_ffn(x.reshape(-1, x.shape[-1]), kept or site.weights(), cut)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-class _ExpertsOwner:
-    """Forward of a layer's experts: ``(x [n, d], index [n, k], weights [n, k]) -> [n, d]``."""
-
-    def __init__(self, call: _Calls, experts: Experts, kernels: Callable[[], ExpertKernels | None] | None) -> None:
-        self.call = call
-        self.experts = experts
-        self.kernels = kernels
-        self.original = original_forward(call.site.owner)
-        self._names = list(inspect.signature(type(call.site.owner).forward).parameters)[1:4]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cut = self.call.cut()
-        if cut is None:
-            return self.original(*args, **kwargs)
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        routing = [given.get(name) for name in self._names]
-        if len(args) + len(kwargs) != 3 or not all(isinstance(part, Tensor) for part in routing):
-            return self.original(*args, **kwargs)
-        x, index, weights = cast("list[Tensor]", routing)
-        if x.dim() != 2 or x.dtype != self.experts.down.dtype or torch.is_autocast_enabled(x.device.type):
-            return self.original(*args, **kwargs)
-        if x.shape[0] != cut.plan.n_tokens:
-            cut = self.call.uneven(x.shape[0])
-        if cut is None:
-            return self.original(*args, **kwargs)
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.experts.down.requires_grad)
-        kernels = None if self.kernels is None or learns else self.kernels()
-        return cut_experts(x, index, weights, self.experts, cut, kernels)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.channel_order import apply_order, undo_order
 from sedac_hf.ffn.deciders import Decider, ExpertShadows, ExpertUnits, decider
+from sedac_hf.ffn.expert_calls import LayerKernels
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
 from sedac_hf.ffn.linears import is_readable, stored_bytes
@@ -49,7 +50,7 @@ class PreparedWeights:
         self._orders: tuple[Tensor | None, ...] | None = None
         self._by_units: tuple[nn.Module, ...] | None = None  # the modules laid out by units; None: not asked for
         self._kernels = self._no_kernels()
-        self._of_experts: dict[int, ExpertKernels] = {}
+        self._of_experts: dict[int, LayerKernels] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": self._no_kernels(), "_of_experts": {}}  # kernels are made of addresses
@@ -193,7 +194,7 @@ class PreparedWeights:
         places = tuple(_memory(p) for p in (experts.first, experts.down))
         known = self._of_experts.get(site)
         if known is None or known.places != places or known.shadow is not shadow:
-            known = self._of_experts[site] = ExpertKernels(experts, shadow, places)
+            known = self._of_experts[site] = LayerKernels(experts, shadow, places)
         return known
 
     def importance(self, site: int) -> Callable[..., Tensor] | None:
@@ -205,25 +206,6 @@ class PreparedWeights:
     def costs(self) -> tuple[SiteCost, ...]:
         """Cost of each FFN, with its shadow where it has one."""
         return tuple(_cost(site, shadow) for site, shadow in zip(self.sites, self.shadows, strict=True))
-
-
-class ExpertKernels:
-    """The compiled kernels of one layer's experts, each made when it is first asked for."""
-
-    def __init__(self, experts: Experts, shadow: Decider | None, places: tuple[tuple[int, int], ...]) -> None:
-        self.places = places
-        self.shadow = shadow
-        self._experts = experts
-        self._made: dict[int, CpuFFN | None] = {}
-
-    def __call__(self, expert: int) -> DecodeKernel | None:
-        if expert not in self._made:
-            with torch.no_grad():
-                weights = self._experts.weights(expert)
-            shadows = self.shadow.shadows if isinstance(self.shadow, ExpertShadows) else None
-            tables = None if shadows is None else shadows[expert].tables()
-            self._made[expert] = CpuFFN(weights, tables) if CpuFFN.fits(weights) else None
-        return self._made[expert]
 
 
 def _memory(tensor: Tensor | None) -> tuple[int, int]:
