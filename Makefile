@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint lint-rust lint-python test-rust test-python format wheel clean
+.PHONY: help setup demo test lint lint-rust lint-python test-rust test-python format models wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ format: setup ## Rewrite the sources in the project's format
 	$(CARGO) fmt $(MANIFEST) --all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+models: setup ## List anew how each model type is cut (src/sedac_hf/assets/models.json, docs/models.md)
+	$(BIN)/python -m tests.families.supported
 
 wheel: setup ## Build a wheel into dist/
 	$(BIN)/maturin build --release --out dist

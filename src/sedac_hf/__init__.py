@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from sedac_hf.evaluation import perplexity
+    from sedac_hf.ffn.registry import register_ffn_site, unregister_ffn_site
     from sedac_hf.modeling import SedacForCausalLM
     from sedac_hf.outputs import CascadeDecisions, ExitDecision
     from sedac_hf.runtime import SedacRuntime, SedacStats
@@ -57,6 +58,8 @@ _HOMES = {
     "demo_path": "assets",
     "load_demo": "assets",
     "perplexity": "evaluation",
+    "register_ffn_site": "ffn.registry",
+    "unregister_ffn_site": "ffn.registry",
 }
 
 __all__ = sorted(_HOMES)

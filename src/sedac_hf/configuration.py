@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from sedac_hf.errors import ConfigError
@@ -224,7 +224,7 @@ class SedacConfig(PreTrainedConfig):
         if isinstance(base_config, Mapping):
             if "model_type" not in base_config:
                 raise ConfigError("`text_config` must name the base decoder's `model_type`, got a dict without it")
-            base_config = AutoConfig.for_model(**base_config)
+            base_config = _config_of(base_config)
         self.text_config = base_config
         if schedule is not None and None in (layer_configs, confidence_decay, soft_exit, cut, objective, risk_scale):
             raise ConfigError(
@@ -370,6 +370,13 @@ def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
         return LayerConfig(**item)
     except TypeError as error:
         raise ConfigError(f"a layer config is incomplete: {error}") from error
+
+
+def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """A decoder's configuration; of one whose class is in the code that comes with its weights, the values alone."""
+    if values["model_type"] not in CONFIG_MAPPING and "AutoConfig" in (values.get("auto_map") or {}):
+        return PreTrainedConfig(**values)
+    return AutoConfig.for_model(**values)
 
 
 def _assumed_layers(base: PreTrainedConfig | None) -> tuple[int, ...]:

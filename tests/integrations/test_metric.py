@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sedac_hf import SedacForCausalLM
 from sedac_hf.assets import demo_path, load_demo
 from sedac_hf.evaluation import perplexity
 from sedac_hf.integrations import metric_path
@@ -55,3 +56,15 @@ def test_loads_from_its_folder_offline_and_agrees(tmp_path: Path) -> None:
     assert by_path["dense"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert in_memory["dense"] is None
     assert "must come with its tokenizer" in message
+
+
+def test_an_adapter_takes_the_tokenizer_of_its_base(tmp_path: Path) -> None:
+    pytest.importorskip("evaluate")
+    from sedac_hf.integrations.sedac_perplexity.sedac_perplexity import SedacPerplexity
+
+    model, tokenizer = load_demo()
+    SedacForCausalLM.from_base(model).save_pretrained(tmp_path / "adapter", adapter_only=True)
+    arguments = {"protocol": "document", "context": 64, "model_kwargs": {"dtype": "float32"}}
+    found = SedacPerplexity()._compute(TEXTS, model=str(tmp_path / "adapter"), **arguments)
+    expected = perplexity(model, tokenizer, TEXTS, protocol="document", context=64, progress=False)
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)

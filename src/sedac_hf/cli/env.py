@@ -15,7 +15,7 @@ import typer
 
 PACKAGES = (
     "sedac-hf", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "huggingface_hub", "numpy",
-    "triton", "datasets", "evaluate",
+    "triton", "datasets", "evaluate", "lm_eval",
 )  # fmt: skip
 # Those that decide which CPU kernels exist; /proc/cpuinfo lists a hundred more.
 CPU_FLAGS = (

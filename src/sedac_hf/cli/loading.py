@@ -73,10 +73,6 @@ def load_tokenizer(model: str, loaded: SedacForCausalLM, tokenizer: str | None =
     """The tokenizer that was named, else the model's own, else (for an adapter) that of its base."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer or model_path(model))
-    except (OSError, ValueError, KeyError):  # an adapter's folder holds none, or not a whole one
-        base = getattr(loaded.config, "base_model_name_or_path", None)
-        if tokenizer is not None or not base:
-            raise
-        return AutoTokenizer.from_pretrained(base)
+    from sedac_hf.saving.reading import tokenizer_path
+
+    return AutoTokenizer.from_pretrained(tokenizer or tokenizer_path(model_path(model), loaded.config))

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import sedac_hf
-from sedac_hf.cli import bench, calibrate, demo, env, eval, generate, info
+from sedac_hf.cli import bench, calibrate, demo, env, eval, generate, info, models
 from sedac_hf.cli.recipes import RecipeError
 from sedac_hf.errors import SedacError
 
@@ -36,6 +36,7 @@ COMMANDS = (
     ("eval", eval.app),
     ("bench", bench.command),
     ("info", info.command),
+    ("models", models.command),
     ("env", env.command),
 )
 

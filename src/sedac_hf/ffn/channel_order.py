@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sedac_hf.errors import ConfigError, UnsupportedModelError
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.linears import bias_of, close, describe, inner_tensors, is_here, weight_of
-from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.ffn.site import FFNSite
 from sedac_hf.ops.contract import is_ordinary
 
 _CHUNK = 1 << 21  # elements that are copied at a time

@@ -72,7 +72,7 @@ def _scattered(module: nn.Module, layer_idx: int, names: dict[int, str]) -> Iter
     linears = _one_set(dict(_linears_below(module)))
     site = None if linears is None else _as_site(layer_idx, names[id(module)], module, linears)
     if site is not None:
-        beside = _unit_parameters(site)
+        beside = unit_parameters(site)
         if beside is not None:
             yield replace(site, beside=beside)
 
@@ -103,9 +103,9 @@ def _one_set(linears: dict[str, nn.Module]) -> dict[str, nn.Module] | None:
     return None
 
 
-def _unit_parameters(site: FFNSite) -> tuple[UnitParameter, ...] | None:
+def unit_parameters(site: FFNSite, *, passing_over: bool = False) -> tuple[UnitParameter, ...] | None:
     """The parameters beside a site's linears that have an entry per unit; None where one is no vector and no producer
-    of units: then units depend on each other in ways that this is not made for."""
+    of units: then units depend on each other in ways that this is not made for. passing_over: leave such ones out."""
     f = site.intermediate_size
     sizes = (f, 2 * f) if site.kind == "fused" else (f,)
     found = []
@@ -117,10 +117,13 @@ def _unit_parameters(site: FFNSite) -> tuple[UnitParameter, ...] | None:
                 continue
             vector = tensor.numel() == tensor.shape[sides[0]]
             produces = shape is not None and shape[1] in sizes and shape[0] not in sizes
-            if len(sides) != 1 or not (vector or produces):
+            if len(sides) == 1 and (vector or produces):
+                found.append(UnitParameter(prefix + name, module, sides[0]))
+            elif not passing_over:
                 return None
-            found.append(UnitParameter(prefix + name, module, sides[0]))
-        if any(buffer.is_floating_point() and set(sizes) & set(buffer.shape) for buffer in module.buffers(False)):
+        if not passing_over and any(
+            buffer.is_floating_point() and set(sizes) & set(buffer.shape) for buffer in module.buffers(False)
+        ):
             return None
     return tuple(found)
 

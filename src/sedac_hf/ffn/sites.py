@@ -16,9 +16,12 @@ from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.experts import as_experts
 from sedac_hf.ffn.linears import linear_shape
 from sedac_hf.ffn.matching import layer_sites
+from sedac_hf.ffn.registry import apart_from, registered_sites
 from sedac_hf.ffn.sharded import shard_of
 from sedac_hf.ffn.site import FFNSite, ModelSites
+from sedac_hf.ffn.trials import holds_with_other_numbers
 from sedac_hf.ffn.verify import named_activation, verified_formula
+from sedac_hf.ops.activations import Activation
 
 __all__ = ["FFNSite", "ModelSites", "find_sites"]
 
@@ -39,7 +42,9 @@ def find_sites(model: nn.Module) -> ModelSites:
     found: list[FFNSite] = []
     seen: set[int] = set()
     for layer_idx, layer in enumerate(layers):
-        for site in (*layer_sites(layer, layer_idx, names), *_expert_sites(layer, layer_idx, names)):
+        told = registered_sites(layer, layer_idx, names)
+        matched = (*layer_sites(layer, layer_idx, names), *_expert_sites(layer, layer_idx, names))
+        for site in (*told, *apart_from(told, matched)):
             if id(site.down) not in seen:
                 seen.add(id(site.down))
                 found.append(site)
@@ -132,17 +137,21 @@ def _completed(site: FFNSite) -> FFNSite:
     """The site with its activation, and with gate and up as its owner's forward really uses them."""
     if site.experts is not None:
         return site
+    named = site.activation or named_activation(site.owner)
     shard = shard_of(site.name, site.linears[:-1], site.down, site.intermediate_size)
     if shard is not None:  # no rank's weights alone give the owner's output: cut through its linears
-        activation = named_activation(site.owner)
-        return replace(site, intermediate_size=shard.held, activation=activation, shard=shard)
+        return replace(site, intermediate_size=shard.held, activation=named, shard=shard)
     if site.beside:  # an adapter that adds nothing yet, or a scale of ones, would pass for the formula
-        return replace(site, activation=named_activation(site.owner))
+        return replace(site, activation=named)
     for variant in _variants(site):
-        activation = verified_formula(variant.owner, variant.linears, variant.parts)
-        if activation is not None:
+        activation = _formula(variant)
+        if activation is not None and holds_with_other_numbers(variant, _formula):
             return replace(variant, activation=activation, plain_forward=True)
-    return replace(site, activation=named_activation(site.owner))
+    return replace(site, activation=named)
+
+
+def _formula(site: FFNSite) -> Activation | None:
+    return verified_formula(site.owner, site.linears, site.parts, site.activation)
 
 
 def _variants(site: FFNSite) -> Iterator[FFNSite]:
@@ -168,7 +177,7 @@ def _nothing_found(model: nn.Module, layers: tuple[nn.Module, ...]) -> str:
         f"{type(model).__name__} must have an FFN that can be cut; {told}. Looked for modules that hold exactly: "
         "gate, up (hidden -> f) and down (f -> hidden); a fused gate_up (hidden -> 2f) and down; a pair up and down "
         "(torch.nn.Linear or Conv1D), in one module, in siblings or directly in the layer; in all cases with no other "
-        "matrix that has a side of f"
+        "matrix that has a side of f. Where they look otherwise, say which parts they are: sedac_hf.register_ffn_site"
         + (". Its experts have a forward of their own, which is not known here" if experts else "")
         + (". Pass a decoder with FFNs (attention or recurrent blocks with an FFN behind them)" if mixers else "")
     )

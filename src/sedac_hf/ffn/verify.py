@@ -20,12 +20,13 @@ _ACTIVATION_NAME = re.compile(r"act|gelu|silu|swish|relu|nonlin|non_lin", re.I)
 
 
 def verified_formula(
-    owner: nn.Module, linears: tuple[nn.Module, ...], parts: Callable[[], Parts]
+    owner: nn.Module, linears: tuple[nn.Module, ...], parts: Callable[[], Parts], activation: Activation | None = None
 ) -> Activation | None:
     """The activation for which ``owner(x)`` equals the formula on random x, or None where none does.
 
-    ``parts`` gives gate, up, down and their biases. None too where the weights can't be read directly (meta,
-    offloaded, quantised, hooked) or the owner needs more than x. The model's training mode is left as it was.
+    ``parts`` gives gate, up, down and their biases; ``activation`` is the only one tried where it is given. None too
+    where the weights can't be read directly (meta, offloaded, quantised, hooked) or the owner needs more than x. The
+    model's training mode is left as it was.
     """
     if not all(is_readable(linear) for linear in linears) or hasattr(owner, "_hf_hook"):
         return None
@@ -37,12 +38,12 @@ def verified_formula(
             return None
         z_up = functional.linear(x, up, up_bias)
         z = z_up if gate is None else functional.linear(x, gate, gate_bias)
-        for activation in activations_of(owner):
-            h = applied(activation, z)
+        for candidate in activations_of(owner) if activation is None else (activation,):
+            h = applied(candidate, z)
             if h is None:
                 continue
             if close(got, functional.linear(h if gate is None else h * z_up, down, down_bias)):
-                return activation
+                return candidate
     return None
 
 
@@ -88,7 +89,7 @@ def _callables(owner: nn.Module, *, named_only: bool = False) -> Iterator[Activa
         if isinstance(value, nn.Module) and (linear_shape(value) is not None or isinstance(value, nn.Dropout)):
             continue
         is_named = _ACTIVATION_NAME.search(name.rpartition(".")[2]) is not None
-        sample = applied(value, _probe_for(value)) if is_named else None
+        sample = applied(value, probe_for(value)) if is_named else None
         if is_named and sample is not None and bool(sample.isfinite().all()):
             named.append(value)
         elif not is_named and isinstance(value, nn.Module) and not any(True for _ in value.children()):
@@ -98,7 +99,8 @@ def _callables(owner: nn.Module, *, named_only: bool = False) -> Iterator[Activa
         yield from others
 
 
-def _probe_for(value: object) -> Tensor:
+def probe_for(value: object) -> Tensor:
+    """A few numbers [1, 3] for an activation, on its device and in its dtype where it has one."""
     like = next(iter(value.parameters()), None) if isinstance(value, nn.Module) else None
     probe = torch.tensor([[-1.0, 0.0, 2.0]])
     return probe if like is None else probe.to(like.device, like.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sedac_hf.errors import LoadError, SedacError
@@ -45,6 +47,23 @@ def from_config(config: PreTrainedConfig) -> Any:
     if _auto_class_of(config) is not None:
         return AutoModelForCausalLM.from_config(config)
     return class_of(config)._from_config(config)
+
+
+def of_its_class(config: PreTrainedConfig, path: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """A base's configuration, by the class in the code beside its weights where it has none of transformers'.
+
+    Raises:
+        LoadError: the code is missing, or ``trust_remote_code`` is not given.
+    """
+    if type(config) is not PreTrainedConfig:
+        return config
+    try:
+        resolve_trust_remote_code(kwargs.get("trust_remote_code"), path, False, True)
+        kind = get_class_from_dynamic_module(config.auto_map["AutoConfig"], path, **hub_arguments(kwargs))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"the configuration of the base in {path} cannot be read: {error}") from error
+    kind.register_for_auto_class()  # its code is saved with it
+    return cast(PreTrainedConfig, kind(**{name: value for name, value in vars(config).items() if name[0] != "_"}))
 
 
 def _auto_class_of(config: PreTrainedConfig) -> Any | None:

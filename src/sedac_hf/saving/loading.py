@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sedac_hf.configuration import SedacConfig
 from sedac_hf.errors import LoadError
 from sedac_hf.ffn.policy import Policy
-from sedac_hf.saving.bases import load_weights
+from sedac_hf.saving.bases import load_weights, of_its_class
 from sedac_hf.saving.fingerprint import check_base
 from sedac_hf.saving.reading import commit_of, hub_arguments, read_fingerprint, read_policy, read_report
 
@@ -83,7 +83,7 @@ def _load_base(
             raise LoadError(
                 f"{path} must hold the base's weights (model*.safetensors) or name a base; it does neither"
             )
-        return load_weights(path, config=config.text_config, **kwargs)
+        return load_weights(path, config=of_its_class(config.text_config, path, kwargs), **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_ADAPTER}
     if base_model is None and config.base_revision is not None:
         kwargs["revision"] = config.base_revision

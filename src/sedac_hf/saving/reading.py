@@ -46,6 +46,12 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
 
 
+def tokenizer_path(path: str, config: PreTrainedConfig) -> str:
+    """Folder or hub id of a model's tokenizer: the model's own, or where an adapter holds none its base's."""
+    base = getattr(config, "base_model_name_or_path", None)
+    return str(base) if base and _find(path, "tokenizer_config.json") is None else path
+
+
 def commit_of(path: str, **hub: Any) -> str | None:
     """The commit that a hub id's files come from; None for a folder."""
     found: str | None = None if os.path.isdir(path) else extract_commit_hash(_find(path, CONFIG_FILE, **hub), None)

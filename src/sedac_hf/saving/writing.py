@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -60,7 +61,7 @@ def _is_of_a_save(name: str) -> bool:
 def _write(
     model: SedacForCausalLM, folder: Path, *, adapter_only: bool, kwargs: dict[str, Any]
 ) -> tuple[SedacConfig, CalibrationReport | None]:
-    config: SedacConfig = SedacConfig.from_dict(model.config.to_dict())
+    config: SedacConfig = copy.deepcopy(model.config)
     config.architectures = ["SedacForCausalLM"]
     config.text_config.architectures = [type(model.model).__name__]
     config.base_model_name_or_path = config.base_revision = config.base_fingerprint = None
@@ -79,6 +80,8 @@ def _write(
     with nullcontext() if model.runtime.sharded else model.runtime.weights.natural_order():
         if not adapter_only:
             model.model.save_pretrained(folder, **kwargs)
+            if hasattr(model.model.config, "auto_map"):  # its code is in the folder now
+                config.text_config.auto_map = dict(model.model.config.auto_map)
         if adapter_only or state is None:  # else the weights that are written may not be the model's
             fingerprint = fingerprint_of(model.model)
             config.base_fingerprint = fingerprint.digest

@@ -13,6 +13,7 @@ import evaluate
 from sedac_hf.errors import EvaluationError
 from sedac_hf.evaluation import perplexity
 from sedac_hf.modeling import SedacForCausalLM
+from sedac_hf.saving.reading import tokenizer_path
 
 _DESCRIPTION = """\
 Perplexity of a causal language model, weighted by tokens, under a named protocol (sliding, windows or document). For a
@@ -55,8 +56,8 @@ class SedacPerplexity(evaluate.Metric):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if isinstance(model, str):
-            tokenizer = model if tokenizer is None else tokenizer
-            model = SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
+            path, model = model, SedacForCausalLM.from_pretrained(model, **(model_kwargs or {}))
+            tokenizer = tokenizer_path(path, model.config) if tokenizer is None else tokenizer
         if isinstance(tokenizer, str):
             from transformers import AutoTokenizer
 
