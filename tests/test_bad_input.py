@@ -94,6 +94,15 @@ def test_a_flipped_bit_of_a_probe_is_seen(tmp_path):
         SedacForCausalLM.from_pretrained(tmp_path)
 
 
+def test_values_that_no_configuration_may_have_are_one_kind_of_error(tmp_path):
+    wrapped("llama", "truncate").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 6  # not a multiple of the heads: transformers has an error of its own
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"configuration of .* cannot be read"):
+        SedacForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "intermediate_size"])
 def test_a_configuration_of_another_size_is_refused(tmp_path, name):
     wrapped("llama", "truncate").save_pretrained(tmp_path)

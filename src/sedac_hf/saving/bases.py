@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,7 +16,7 @@ from sedac_hf.saving.reading import hub_arguments, read_config
 # What damaged weights or a configuration with values that no model can be made of lead to in transformers.
 _FAILURES = (
     *(SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError),
-    *(LookupError, ArithmeticError),
+    *(LookupError, ArithmeticError, StrictDataclassError),
 )
 
 
