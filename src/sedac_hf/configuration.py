@@ -348,7 +348,7 @@ _EXPOSED = (
 def _look_at_unknown(kwargs: Mapping[str, Any]) -> None:
     """Refuse keys that are misspelt arguments of `SedacConfig`; warn of others that no configuration has."""
     known = {*PreTrainedConfig.__dataclass_fields__, *_TRANSFORMERS, *_EXPOSED}
-    for name in sorted(kwargs.keys() - known):
+    for name in sorted(name for name in kwargs if name not in known and not hasattr(PreTrainedConfig, name)):
         likely = difflib.get_close_matches(name, (*_OWN_ARGUMENTS, "text_config"), n=1, cutoff=0.8)
         if likely:
             raise ConfigError(f"a SedacConfig has no `{name}`: did you mean `{likely[0]}`?")

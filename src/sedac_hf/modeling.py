@@ -211,12 +211,16 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             save(self, save_directory, adapter_only=adapter_only, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, adapter_only: bool = False, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self, repo_id: str, *, adapter_only: bool = False, max_shard_size: int | str = "50GB", **kwargs: Any
+    ) -> Any:
         """Upload the model, or the adapter alone; further arguments and the result as in transformers."""
         where = {**hub.take_arguments(kwargs), "repo_id": repo_id}
+        if kwargs:
+            raise TypeError(f"push_to_hub takes transformers' arguments and `adapter_only`, got {', '.join(kwargs)}")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model")
-            return hub.save_and_upload(self, path, where, adapter_only=adapter_only, **kwargs)
+            return hub.save_and_upload(self, path, where, adapter_only=adapter_only, max_shard_size=max_shard_size)
 
     def install(self, policy: Policy) -> None:
         """Run by this policy from now on, and describe it in the configuration."""

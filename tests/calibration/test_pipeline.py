@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sedac_hf import SedacConfig, SedacForCausalLM
 from sedac_hf.calibration import CalibrationReport, calibrate
 from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.evaluation import Document
@@ -102,7 +103,8 @@ def test_the_same_seed_gives_the_same_policy(texts: dict[str, list[Document]]) -
 
 def _is_as_it_was(runtime: SedacRuntime, before: dict[str, torch.Tensor]) -> bool:
     same = all(torch.equal(p, before[name]) for name, p in runtime.model.named_parameters())
-    return same and not runtime.attached and runtime.policy is None
+    usual = all(p.is_contiguous() for p in runtime.model.parameters())
+    return same and usual and not runtime.attached and runtime.policy is None
 
 
 def test_a_budget_that_cannot_be_kept_leaves_the_model_as_it_was(texts: dict[str, list[Document]]) -> None:
@@ -127,10 +129,68 @@ def test_nan_in_the_model_is_an_error(texts: dict[str, list[Document]]) -> None:
     runtime = SedacRuntime(_model("llama"))
     with torch.no_grad():
         runtime.sites[2].down.weight[3, 3] = float("nan")
-    with pytest.raises(CalibrationError, match="finite"):
+    with pytest.raises(CalibrationError, match=r"finite numbers, got NaN in model.layers.2.mlp.down_proj.weight: "):
         calibrate(runtime, TOKENIZER, texts["llama"], **SIZES)
     assert runtime.policy is None
     assert not runtime.attached
+
+
+def test_infinite_logits_are_an_error(texts: dict[str, list[Document]]) -> None:
+    runtime = SedacRuntime(_model("llama"))
+    with torch.no_grad():
+        runtime.sites[2].down.weight[3, 3] = float("inf")
+    with pytest.raises(CalibrationError, match="logits must be finite"):
+        calibrate(runtime, TOKENIZER, texts["llama"], **SIZES)
+    assert not runtime.attached
+
+
+def test_a_context_over_the_limit_is_an_error(texts: dict[str, list[Document]]) -> None:
+    runtime = SedacRuntime(_model("llama"))
+    limit = runtime.model.config.max_position_embeddings
+    with pytest.raises(CalibrationError, match=f"context must be at most {limit}, .*got {limit + 1}"):
+        calibrate(runtime, TOKENIZER, texts["llama"], **{**SIZES, "context": limit + 1})
+    assert not runtime.attached
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_an_interrupt_at_any_forward_leaves_everything_as_it_was(
+    objective: Any, texts: dict[str, list[Document]]
+) -> None:
+    model = SedacForCausalLM.from_base(_model("llama"), SedacConfig(extra_memory=1.0))
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    ids = torch.arange(3, 20)[None]
+    calls, stop = 0, -1
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    model.runtime.decoder_layers[2].register_forward_hook(count)
+    # All of a run, then a former policy of the other cut, and then runs that end early.
+    model.calibrate(TOKENIZER, texts["llama"], share=0.8, objective=objective, **SIZES)
+    total = calls
+    other: Any = {"latency": "throughput", "throughput": "latency"}[objective]
+    model.calibrate(TOKENIZER, texts["llama"], share=0.8, objective=other, **SIZES)
+    former, config = model.runtime.policy, model.config.to_dict()
+    with torch.no_grad():
+        expected = model(ids).logits
+    for part in (0.05, 0.3, 0.6, 0.9):
+        calls, stop = 0, max(1, int(part * total))
+        with pytest.raises(KeyboardInterrupt):  # another seed: nothing of the run before is reused
+            model.calibrate(TOKENIZER, texts["llama"], share=0.8, objective=objective, seed=stop, **SIZES)
+        stop = -1
+        assert model.runtime.policy is former
+        assert model.config.to_dict() == config
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+    model.uninstall()
+    calls, stop = 0, total // 2
+    with pytest.raises(KeyboardInterrupt):
+        model.calibrate(TOKENIZER, texts["llama"], share=0.8, objective=objective, seed=1, **SIZES)
+    assert _is_as_it_was(model.runtime, before)
+    assert not model.config.calibrated
 
 
 def test_a_tokenizer_that_does_not_fit_is_an_error(texts: dict[str, list[Document]]) -> None:

@@ -16,6 +16,7 @@ import sedac_hf
 from sedac_hf.assets import demo_path
 from sedac_hf.cli.main import COMMANDS, main
 from sedac_hf.ops.compiled import instruction_sets
+from tests.tiny_models import tiny_model
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -86,8 +87,23 @@ def test_info_reads_a_folder_without_its_base(saved: Path, capsys: pytest.Captur
     assert facts["kind"] == "SEDAC adapter"
     assert facts["tensors"] == {"probes.0.weight": {"dtype": "F32", "shape": [4, 2]}}
     assert facts["report"] == {"tokens": 1000}
+    assert facts["base"] == {"name": "base", "revision": None, "fingerprint": None, "parameters compared": None}
     assert main(["info", str(saved)]) == 0
     assert "layer_idx" in capsys.readouterr().out
+
+
+def test_info_names_base_revision_and_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = sedac_hf.SedacForCausalLM.from_base(tiny_model("llama"))
+    model.model.name_or_path, model.config.base_revision = "someone/decoder", "0123abc"
+    model.save_pretrained(tmp_path, adapter_only=True)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    base = json.loads(capsys.readouterr().out)["base"]
+    assert (base["name"], base["revision"]) == ("someone/decoder", "0123abc")
+    assert base["fingerprint"] == json.loads((tmp_path / "config.json").read_text())["base_fingerprint"]
+    assert base["parameters compared"] == len(list(model.model.parameters()))
+    assert main(["info", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(str(value) in printed for value in base.values())
 
 
 @pytest.mark.parametrize("name", ["config.json", "sedac.safetensors", "calibration_report.json"])

@@ -19,6 +19,7 @@ from torch.nn import functional
 from sedac_hf import SedacForCausalLM
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.sharded import Shard
+from sedac_hf.saving.fingerprint import Fingerprint, differences
 from tests.margins import NEEDED, decisions, steady_rows
 from tests.policies import random_policy
 from tests.tensor_parallel import FAMILIES, GATHERED, PROMPT, continued, input_gradient
@@ -219,3 +220,20 @@ def test_what_one_rank_cannot_do_is_refused(family, together):
 def test_units_that_no_rank_owns_are_refused(together):
     for rank in together:
         assert "gathers all of them" in rank[GATHERED]["refused"]
+
+
+@pytest.mark.parametrize("cut", ["truncate", "select"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_one_rank_saved_is_that_of_one_process(family, cut, alone, together):
+    folder = alone[0] / family
+    again, whole = (
+        Fingerprint.from_json((folder / name / "base_fingerprint.json").read_text()) for name in (f"{cut} again", cut)
+    )
+    sharded = {name for name in whole if "mlp" in name and name.endswith("weight")}
+    assert {*again} < {*whole}
+    assert not sharded & {*again}  # a rank has a part of these alone: not compared
+    assert differences(whole, again) == ([], len(again))
+    model = SedacForCausalLM.from_pretrained(folder / f"{cut} again", base_model=tiny_model(family))
+    with torch.no_grad():
+        logits = model(torch.load(folder / "inputs.pt")["ids"]).logits
+    torch.testing.assert_close(logits, alone[1][family][cut])

@@ -105,6 +105,12 @@ def test_a_whole_model_is_pushed_in_shards_under_the_folder_s_name(network, mode
     assert len([name for name in network.files if name.startswith("model-")]) > 1
 
 
+def test_a_misspelt_argument_pushes_nothing(network, model):
+    with pytest.raises(TypeError, match="got privat"):
+        model.push_to_hub("mine", privat=True)
+    assert network.created == {}
+
+
 def test_other_processes_neither_save_nor_push(network, model, tmp_path):
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, is_main_process=False)
     assert network.created == network.files == {}

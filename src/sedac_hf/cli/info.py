@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from sedac_hf.errors import LoadError
+from sedac_hf.saving import CONFIG_FILE, FINGERPRINT_FILE, REPORT_FILE, TENSORS_FILE
 
-CONFIG_FILE, TENSORS_FILE, REPORT_FILE = "config.json", "sedac.safetensors", "calibration_report.json"
+_SHOWN = ("layer_configs", "base_model_name_or_path", "base_revision", "base_fingerprint")  # in places of their own
 
 
 def command(
@@ -24,7 +25,8 @@ def command(
         typer.echo(json.dumps(facts, indent=2))
         return
     typer.echo(f"{path}: {facts['kind']}")
-    _print_table("config", {name: value for name, value in facts["config"].items() if name != "layer_configs"})
+    _print_table("base", facts["base"])
+    _print_table("config", {name: value for name, value in facts["config"].items() if name not in _SHOWN})
     for number, layer in enumerate(facts["config"].get("layer_configs") or []):
         typer.echo(f"  checkpoint {number:<13} {_short(layer)}")
     _print_table("tensors", {name: f"{t['dtype']} {t['shape']}" for name, t in facts["tensors"].items()})
@@ -41,7 +43,8 @@ def read_saved(path: Path) -> dict[str, Any]:
         path: folder that holds at least ``config.json``.
 
     Returns:
-        ``kind`` ("SEDAC model" or "SEDAC adapter"), ``config``, ``tensors`` (name -> dtype and shape of
+        ``kind`` ("SEDAC model" or "SEDAC adapter"), ``base`` (name, revision, fingerprint and how many parameters the
+        fingerprint is of; None where there is none), ``config``, ``tensors`` (name -> dtype and shape of
         ``sedac.safetensors``; empty where there is none) and ``report`` (None where there is none).
 
     Raises:
@@ -55,9 +58,16 @@ def read_saved(path: Path) -> dict[str, Any]:
             f"{path / CONFIG_FILE} must have model_type 'sedac', got {config.get('model_type')!r}: this is a plain "
             "model; wrap it with SedacForCausalLM.from_pretrained and save it first"
         )
-    report = path / REPORT_FILE
+    report, fingerprint = path / REPORT_FILE, path / FINGERPRINT_FILE
+    base = config.get("base_model_name_or_path")
     return {
-        "kind": "SEDAC adapter" if config.get("base_model_name_or_path") else "SEDAC model",
+        "kind": "SEDAC adapter" if base else "SEDAC model",
+        "base": {
+            "name": base or "weights in this folder",
+            "revision": config.get("base_revision"),
+            "fingerprint": config.get("base_fingerprint"),
+            "parameters compared": len(_read_json(fingerprint)) if fingerprint.is_file() else None,
+        },
         "config": config,
         "tensors": _tensors(path / TENSORS_FILE) if (path / TENSORS_FILE).is_file() else {},
         "report": _read_json(report) if report.is_file() else None,

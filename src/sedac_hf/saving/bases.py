@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
@@ -17,7 +18,7 @@ from sedac_hf.saving.reading import hub_arguments, read_config
 # What damaged weights or a configuration with values that no model can be made of lead to in transformers.
 _FAILURES = (
     *(SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError),
-    *(LookupError, ArithmeticError),
+    *(LookupError, ArithmeticError, StrictDataclassError),
 )
 
 

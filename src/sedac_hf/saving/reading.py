@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -42,7 +43,7 @@ def read_config(path: str, trust_remote_code: bool | None = None, **hub: Any) ->
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
     except SedacError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadError(f"the configuration of {path} cannot be read: {error}") from error
 
 
