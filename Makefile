@@ -9,6 +9,8 @@ DEMO_FLAGS ?=
 
 SHELL := /bin/bash
 VENV := .venv
+OLDEST := .venv-oldest
+ABOUT_MODELS := tests/families tests/ffn tests/running tests/saving tests/test_modeling.py tests/test_invariants.py
 BIN := $(VENV)/bin
 CARGO := cargo
 MANIFEST := --manifest-path rust/Cargo.toml
@@ -24,7 +26,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint lint-rust lint-python test-rust test-python format models wheel clean
+.PHONY: help setup demo test lint lint-rust lint-python test-rust test-python test-oldest format models wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,15 @@ test-rust: setup ## Run the Rust tests
 test-python: setup ## Run the Python tests, with the snippets of the README and the examples
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
+# The second environment holds what differs from .venv, and takes the rest from there.
+test-oldest: setup ## Run the tests of models with the oldest transformers that is supported
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth
+	$(OLDEST)/bin/python -m pip install -q $(PIP_FLAGS) \
+	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider $(PYTEST_FLAGS) $(ABOUT_MODELS)
+
 format: setup ## Rewrite the sources in the project's format
 	$(CARGO) fmt $(MANIFEST) --all
 	$(BIN)/ruff check --fix .
@@ -68,7 +79,7 @@ wheel: setup ## Build a wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) rust/target dist build src/sedac_hf/_rust*.so
+	rm -rf $(VENV) $(OLDEST) rust/target dist build src/sedac_hf/_rust*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Set-up, in two steps that are each done once: the stamps say when.

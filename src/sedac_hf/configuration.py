@@ -263,7 +263,9 @@ class SedacConfig(PreTrainedConfig):
             for kind in ("attn", "experts"):
                 if kwargs.get(f"{kind}_implementation") is None:
                     nested = _implementations(base_config, f"_{kind}_implementation")
-                    kwargs[f"{kind}_implementation"] = {"": nested[""], "text_config": nested}
+                    # Some classes take a mapping for none of their own.
+                    own = nested if len(nested) > 1 else nested[""]
+                    kwargs[f"{kind}_implementation"] = {"": nested[""], "text_config": own}
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "dtype"):
                 value = getattr(base, name, None)
                 if value is not None:

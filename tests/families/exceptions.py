@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 DROP = object()  # leave the class's default
 
 _HALF_LINEAR = ["linear_attention", "full_attention"] * 2
@@ -105,3 +108,7 @@ NOT_BUILT: dict[str, str] = {
     "gemma3n": "its image encoder needs the timm package; gemma3n_text has the same decoder",
     "gemma4_unified_assistant": "a drafter: its forward needs the keys and values of a target model",
 }
+if Version(transformers.__version__) < Version("5.24"):
+    NOT_BUILT |= dict.fromkeys(
+        ["dbrx", "musicgen", "musicgen_melody"], "configurations of earlier versions take no defaults from a mapping"
+    )

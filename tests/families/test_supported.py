@@ -19,7 +19,10 @@ SOME = (
 
 @pytest.mark.parametrize("model_type", [name for name in SOME if name in MODEL_TYPES])
 def test_a_type_is_cut_as_listed(model_type: str) -> None:
-    assert facts(model_type) == KNOWN["types"][model_type], "run `make models`"
+    found = facts(model_type)
+    if "not_built" in found and transformers.__version__ != KNOWN["transformers"]:
+        pytest.skip(found["not_built"])
+    assert found == KNOWN["types"][model_type], "run `make models`"
 
 
 def test_every_type_is_listed() -> None:

@@ -27,6 +27,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     shape = weight.shape if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() else None
     if isinstance(module, Conv1D):
         return None if shape is None else (shape[0], shape[1])
+    if isinstance(weight, Tensor) and weight.dim() > 2:  # one linear for each of several experts
+        return None
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not isinstance(inputs, int) or not isinstance(outputs, int):
         return None
