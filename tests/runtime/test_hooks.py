@@ -11,6 +11,7 @@ from torch import nn
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.ffn.shadow import ExactGate
+from sedac_hf.runtime.forward_pass import closing_passes, current_pass
 from sedac_hf.runtime.hooks import Attachment
 from tests.policies import random_policy
 from tests.test_invariants import nothing_left
@@ -89,3 +90,23 @@ def test_offloaded_weights_are_real_when_the_cut_runs(cut):
     offloaded.unload()
     assert base.model.layers[0].mlp.up_proj.weight.is_meta
     assert torch.equal(base(ids).logits, tiny_model("llama")(ids).logits)
+
+
+@torch.no_grad()
+def test_a_forward_that_was_interrupted_leaves_nothing_behind():
+    """An interrupt is no `Exception`: the hook that would close the pass does not run."""
+    model = SedacForCausalLM.from_base(tiny_model("llama"))
+    model.install(random_policy(model.runtime, "truncate"))
+    expected = model(token_ids()).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.model.norm.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(token_ids())
+    with pytest.raises(KeyboardInterrupt), closing_passes():
+        model(token_ids(seed=1))
+    hook.remove()
+    assert torch.equal(model(token_ids()).logits, expected)
+    assert current_pass.get() is None

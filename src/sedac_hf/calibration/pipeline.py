@@ -32,6 +32,7 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.scoring import evaluating
 from sedac_hf.runtime import SedacRuntime
+from sedac_hf.runtime.forward_pass import closing_passes
 from sedac_hf.runtime.observation import counting_layers
 
 FIT_TOKENS = 40960
@@ -132,7 +133,7 @@ def calibrate(
     former, former_layers = runtime.policy, runtime.checkpoint_layers
     runtime.uninstall()
     try:
-        with evaluating(runtime.model), torch.no_grad():
+        with closing_passes(), evaluating(runtime.model), torch.no_grad():
             settings = (text.fingerprint, n_levels, probe_rank, runtime.extra_memory, moment_bytes, refit_compensation)
             kept = _kept(runtime, (*_fingerprint(runtime), *settings))
             if kept.dense is None:

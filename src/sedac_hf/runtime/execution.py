@@ -42,7 +42,10 @@ class Execution:
         runtime = self._runtime
         shape = call_shape(args, dict(kwargs))
         n_tokens = 0 if shape is None else shape[0] * shape[1]
-        state = ForwardPass(runtime, n_tokens, shape=shape, previous=current_pass.get())
+        around = current_pass.get()
+        while around is not None and around.runtime is runtime:  # no pass runs within one of the same model
+            around = around.left_open()
+        state = ForwardPass(runtime, n_tokens, shape=shape, previous=around)
         current_pass.set(state)
         if shape is None:
             state.whole = True

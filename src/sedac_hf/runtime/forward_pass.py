@@ -105,6 +105,12 @@ class ForwardPass:
     decided: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     decoded: list[tuple[int, bool, bool, int, int]] = field(default_factory=list)
 
+    def left_open(self) -> ForwardPass | None:
+        """End a pass whose forward was interrupted; gives the one around it."""
+        if self.torch_alone:
+            end_step()
+        return self.previous
+
     @property
     def counted(self) -> np.ndarray | slice:
         """Index of the tokens that are not prompt: those the checkpoints' statistics are about."""
@@ -118,17 +124,25 @@ current_generation: ContextVar[GenerationCall | None] = ContextVar("sedac_hf_cur
 @contextmanager
 def generating(call: GenerationCall) -> Iterator[None]:
     """The length of a ``generate`` call; closes passes that an interrupt left open, for which no hook runs."""
-    token, outer = current_generation.set(call), current_pass.get()
+    token = current_generation.set(call)
     try:
-        yield
+        with closing_passes():
+            yield
     finally:
         current_generation.reset(token)
         call.runtime.tally.choice(call.choice)
+
+
+@contextmanager
+def closing_passes() -> Iterator[None]:
+    """Closes passes that an interrupt left open: it is no `Exception`, and hooks run after those alone."""
+    outer = current_pass.get()
+    try:
+        yield
+    finally:
         state = current_pass.get()
         while state is not None and state is not outer:
-            if state.torch_alone:
-                end_step()
-            state = state.previous
+            state = state.left_open()
         current_pass.set(outer)
 
 

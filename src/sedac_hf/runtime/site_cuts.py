@@ -60,7 +60,7 @@ class SiteCuts:
     def _state(self) -> ForwardPass | None:
         """The running pass; in a backward pass the one that is gone through again."""
         state = current_pass.get()
-        if state is None and self.for_backward is not None and torch._C._current_graph_task_id() != -1:
+        if self.for_backward is not None and torch._C._current_graph_task_id() != -1:
             return self.for_backward
         return state
 
