@@ -92,3 +92,25 @@ def test_lora_goes_on_top_of_a_wrapped_decoder():
     assert trained
     assert all("lora" in name for name in trained)
     assert model.stats().needed_bytes_share < 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_of_two_forwards_runs_its_layers_again_as_its_own(cut, reentrant):
+    def both(model: SedacForCausalLM) -> dict[str, torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        (model(first, labels=first).loss + model(second, labels=second).loss).backward()
+        return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+
+    first, second = token_ids(2, 9), token_ids(2, 9, seed=5)
+    model = wrapped("llama", cut, attention_dropout=0.0)
+    expected = both(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    got = both(model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
+    base = model.unload()
+    left = [type(getattr(module, "_gradient_checkpointing_func", None)).__module__ for module in base.modules()]
+    assert not any(name.startswith("sedac_hf") for name in left), "unload leaves nothing behind"

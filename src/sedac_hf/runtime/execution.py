@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
-from sedac_hf.runtime.forward_pass import ForwardPass, call_shape, current_generation, current_pass
+from sedac_hf.runtime.forward_pass import ForwardPass, OfItsPass, call_shape, current_generation, current_pass
 from sedac_hf.runtime.observation import hidden_of, token_rows
 from sedac_hf.runtime.site_cuts import SiteCuts
 
@@ -51,6 +51,8 @@ class Execution:
             state.whole = True
             runtime.tally.fail_safe(1)
             return
+        if torch.is_grad_enabled():
+            _keep_passes(runtime.model)
         runtime.tally.begin(state.n_tokens)
         generation = current_generation.get()
         ours = generation is not None and generation.runtime is runtime
@@ -76,6 +78,8 @@ class Execution:
         if state is None or state.runtime is not runtime:
             return
         current_pass.set(state.previous)
+        if torch.is_grad_enabled():
+            _let_passes_go(runtime.model)
         if state.torch_alone:
             end_step()
         if output is None or state.n_tokens == 0:  # the forward raised, or there was nothing to read
@@ -85,9 +89,7 @@ class Execution:
             if not state.whole and state.controller_state is not None:
                 runtime.tally.fail_safe(state.n_tokens)  # what is behind the missing checkpoint ran whole
         self.irregular = state.irregular
-        if torch.is_grad_enabled() and _runs_layers_again(runtime.model):
-            state.over = True
-            self.site_cuts.for_backward = state
+        state.over = True
         counted = state.counted
         for idx, risks, exited, ratio in state.decided:
             failed = int(np.count_nonzero(~np.isfinite(risks[counted])))
@@ -118,7 +120,7 @@ class Execution:
         """After a checkpoint layer: risks, levels, and the plan of the FFNs up to the next checkpoint."""
         runtime = self._runtime
         state = current_pass.get()
-        if state is None or state.runtime is not runtime:
+        if state is None or state.runtime is not runtime or state.over:
             return
         expected, state.next_checkpoint = state.next_checkpoint, idx + 1
         if idx != expected:
@@ -218,13 +220,23 @@ class Execution:
         return np.ascontiguousarray(risk.detach().to("cpu", torch.float32).numpy())
 
 
-def _runs_layers_again(model: nn.Module) -> bool:
-    """Whether a backward pass runs layers again (gradient checkpointing, by whatever name the base's class has it)."""
-    return (
-        any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if model.training
-        else False
-    )
+def _keep_passes(model: nn.Module) -> None:
+    """Make layers that a backward pass runs again (gradient checkpointing) see their own pass then."""
+    if model.training:
+        module: Any
+        for module in model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, OfItsPass):
+                module._gradient_checkpointing_func = OfItsPass(function)
+
+
+def _let_passes_go(model: nn.Module) -> None:
+    """Undo `_keep_passes`: layers that have run hold their pass already."""
+    module: Any
+    for module in model.modules() if model.training else ():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, OfItsPass):
+            module._gradient_checkpointing_func = function.function
 
 
 def _without(failed: np.ndarray, risks: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -119,6 +120,24 @@ class ForwardPass:
 
 current_pass: ContextVar[ForwardPass | None] = ContextVar("sedac_hf_current_pass", default=None)
 current_generation: ContextVar[GenerationCall | None] = ContextVar("sedac_hf_current_generation", default=None)
+
+
+class OfItsPass:
+    """A checkpointing function whose layers, run again in a backward pass, see the pass that they ran in first."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(functools.partial(_run_within, current_pass.get(), layer), *args, **kwargs)
+
+
+def _run_within(state: ForwardPass | None, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = current_pass.set(state)
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        current_pass.reset(token)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sedac_hf.ffn.deciders import Decider
@@ -40,34 +39,25 @@ class SiteCuts:
         self._runtime = runtime
         self._few: dict[bytes, LevelPlan] = {}
         self._known: list[_KnownCut | None] = [None] * len(runtime.sites)
-        self.for_backward: ForwardPass | None = None  # the last pass whose layers checkpointing may run again
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
-            "for_backward": None,
             "_known": [None] * len(self._known),
         }  # they hold kernels, which are made of addresses
 
     def cut(self, i: int) -> SiteCut | None:
         """What site i is to do in the running pass; None: run untouched."""
         runtime = self._runtime
-        state = self._state()
+        state = current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
         return self._cut(i, state, runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None)
 
-    def _state(self) -> ForwardPass | None:
-        """The running pass; in a backward pass the one that is gone through again."""
-        state = current_pass.get()
-        if self.for_backward is not None and torch._C._current_graph_task_id() != -1:
-            return self.for_backward
-        return state
-
     def uneven(self, i: int, n_tokens: int) -> SiteCut | None:
         """The cut of a call of site i that has another number of rows than the pass has tokens, so that whose row is
         whose is not known: where all tokens have one operating point, that; else None."""
-        runtime, state = self._runtime, self._state()
+        runtime, state = self._runtime, current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or n_tokens == 0:
             return None
         forced = runtime.forcing
