@@ -119,7 +119,10 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(model, SedacForCausalLM):
             raise ConfigError("`model` must be a plain decoder; this one is wrapped already: use it, or `unload()` it")
         if not isinstance(model, PreTrainedModel):
-            raise ConfigError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}")
+            raise ConfigError(
+                f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}: of a PEFT model wrap "
+                "`get_base_model()`, and compile what is wrapped"
+            )
         values = {} if config is None else config.to_sedac_dict()
         return cls(SedacConfig(model.config, **values), base_model=model)
 

@@ -67,6 +67,8 @@ class ProbeBank(nn.Module):
         """Risk after a layer: hidden [n, d] -> float32 [n], on the hidden state's device."""
         probe = self[layer_idx]
         if probe.out.weight.device != hidden.device:
+            if probe.out.weight.is_meta:
+                raise ConfigError("the probes must be in memory, and they are offloaded: offload `model.model` alone")
             probe.to(hidden.device)
         risk: Tensor = probe(hidden)
         return risk

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from sedac_hf import SedacForCausalLM
+from sedac_hf import ConfigError, SedacForCausalLM
 from tests.policies import random_policy
 from tests.test_invariants import CUTS, nothing_left, wrapped
 from tests.tiny_models import tiny_model, token_ids
@@ -114,3 +114,28 @@ def test_each_of_two_forwards_runs_its_layers_again_as_its_own(cut, reentrant):
     base = model.unload()
     left = [type(getattr(module, "_gradient_checkpointing_func", None)).__module__ for module in base.modules()]
     assert not any(name.startswith("sedac_hf") for name in left), "unload leaves nothing behind"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_lora_over_the_ffns_of_a_calibrated_decoder_is_refused(cut):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, ids = wrapped("llama", cut), token_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+    lora = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    with pytest.raises(ConfigError, match=r"'model.layers.0.mlp.up_proj' has been replaced"):
+        adapted(input_ids=ids)
+    with torch.no_grad(), model.disable():
+        assert not torch.allclose(adapted(input_ids=ids).logits, tiny_model("llama")(ids).logits)
+    assert adapted.unload() is model
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert nothing_left(model.unload())
+
+
+def test_a_peft_model_itself_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="get_base_model"):
+        SedacForCausalLM.from_base(adapted)

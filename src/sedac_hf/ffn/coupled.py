@@ -257,6 +257,7 @@ class _Owner:
             or kwargs
             or site.owner.training  # dropout is the class's own affair
             or x.dtype != weight_of(site.down).dtype
+            or weight_of(site.down).is_meta  # offloaded since: real inside the linears' own forwards
             or torch.is_autocast_enabled(x.device.type)
         )
         if cut is not None and _rows_of(x) != cut.plan.n_tokens:

@@ -40,6 +40,7 @@ class Execution:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: open a pass."""
         runtime = self._runtime
+        runtime.whereabouts.check()
         shape = call_shape(args, dict(kwargs))
         n_tokens = 0 if shape is None else shape[0] * shape[1]
         around = current_pass.get()

@@ -179,7 +179,7 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 def prompt_mask(batch: int, sequence: int, kwargs: dict[str, Any], prompt_length: int) -> np.ndarray | None:
     """bool [batch x sequence]: tokens at cache positions before ``prompt_length``; None where there are none."""
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))  # older and newer name
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # newer and older name; transformers takes the newer
     if cache is not None and hasattr(cache, "get_seq_length"):
         start = int(cache.get_seq_length())
     else:

@@ -12,13 +12,17 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sedac_hf.errors import ConfigError
+
+_PLACES = ("forward", "_old_forward")  # the latter is accelerate's, in modules that it has hooked
+
 
 class Attachment:
     """What has been changed on a model, and how to undo it."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[nn.Module, str, bool, Any]] = []
+        self._replaced: list[tuple[nn.Module, str, bool, Any, Callable[..., Any]]] = []
 
     def __len__(self) -> int:
         return len(self._handles) + len(self._replaced)
@@ -50,7 +54,7 @@ class Attachment:
         for module, forward in replacements:
             name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
             own = name in module.__dict__
-            self._replaced.append((module, name, own, module.__dict__.get(name)))
+            self._replaced.append((module, name, own, module.__dict__.get(name), forward))
             setattr(module, name, forward)
 
     def detach(self) -> None:
@@ -58,8 +62,37 @@ class Attachment:
         while self._handles:
             self._handles.pop().remove()
         while self._replaced:
-            module, name, own, value = self._replaced.pop()
+            module, name, own, value, ours = self._replaced.pop()
+            place = next((place for place in _PLACES if module.__dict__.get(place) == ours), name)
             if own:
-                setattr(module, name, value)
-            else:
+                setattr(module, place, value)
+            elif place == name:
                 module.__dict__.pop(name, None)
+            else:  # accelerate has hooked the module since, and keeps there what it runs
+                setattr(module, place, type(module).forward.__get__(module))
+
+
+class Whereabouts:
+    """Where modules sit in a model, to notice those that somebody has put another module in front of since.
+
+    Such a module (an adapter of PEFT, say) would be passed by, as the weights behind it are read directly.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        sought = {id(module) for module in modules}
+        self._seen = [
+            (parent, name, child, f"{path}.{name}" if path else name)
+            for path, parent in model.named_modules()
+            for name, child in parent._modules.items()
+            if id(child) in sought
+        ]
+
+    def check(self) -> None:
+        """Raise ConfigError if one of them is not where it was."""
+        for parent, name, child, path in self._seen:
+            now = parent._modules.get(name)
+            if now is not child:
+                raise ConfigError(
+                    f"the FFNs must be those that the model was wrapped with; {path!r} has been replaced by "
+                    f"{type(now).__name__}: `unload()`, change the base, and wrap it then"
+                )

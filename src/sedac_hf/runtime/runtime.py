@@ -32,7 +32,7 @@ from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, current_generation
-from sedac_hf.runtime.hooks import Attachment
+from sedac_hf.runtime.hooks import Attachment, Whereabouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
@@ -117,6 +117,7 @@ class SedacRuntime:
         self.planner = GenerationPlanner(self)
         self.captured = CapturedExecution(self)
         self.place_checkpoints(checkpoint_layers)
+        self.whereabouts = Whereabouts(model, (part for site in found.sites for part in (site.owner, *site.linears)))
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -212,7 +213,12 @@ class SedacRuntime:
         self.policy, self.running_policy = policy, policy.dealt(self.sites)
 
     def uninstall(self) -> None:
-        """Give the model back with its weights bit for bit as they were; harmless when nothing is installed."""
+        """Give the model back with its weights bit for bit as they were; harmless when nothing is installed.
+
+        Raises:
+            UnsupportedModelError: weights have been offloaded since; nothing has been changed.
+        """
+        self.weights.check_restorable()
         self.detach()
         self.captured.reset()
         self.weights.restore()

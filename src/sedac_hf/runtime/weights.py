@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.channel_order import apply_order, undo_order
+from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.channel_order import apply_order, can_reorder, undo_order
 from sedac_hf.ffn.deciders import Decider, ExpertShadows, ExpertUnits, decider
 from sedac_hf.ffn.expert_calls import LayerKernels
 from sedac_hf.ffn.experts import Experts
@@ -105,11 +106,25 @@ class PreparedWeights:
         return modules is not None
 
     def restore(self) -> None:
-        """Natural order, the usual layout, no shadows."""
+        """Natural order, the usual layout, no shadows.
+
+        Raises:
+            UnsupportedModelError: weights have been offloaded since; nothing has been changed.
+        """
+        self.check_restorable()
         self._lay_out_as_usual()
         self._undo()
         self.shadows = [None] * len(self.sites)
         self._kernels = self._no_kernels()
+
+    def check_restorable(self) -> None:
+        """Raise UnsupportedModelError where an order cannot be taken back, as weights have been offloaded since."""
+        for site, order in zip(self.sites, self._orders or (), strict=False):
+            if order is not None and not can_reorder(site):
+                raise UnsupportedModelError(
+                    f"the weights of {site.name!r} must be in memory for their order to be taken back, and they have "
+                    "been offloaded since: bring them back first (`accelerate.hooks.remove_hook_from_submodules`)"
+                )
 
     def _undo(self) -> tuple[Tensor | None, ...] | None:
         orders, self._orders = self._orders, None
@@ -122,6 +137,7 @@ class PreparedWeights:
     def natural_order(self) -> Iterator[None]:
         """The base's weights as they came, order and layout, for the length of a ``with`` block. Not for concurrent
         use."""
+        self.check_restorable()
         by_units = self._lay_out_as_usual()
         orders = self._undo()
         try:
