@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -11,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig
 
+from sedac_hf.base_configuration import config_of, implementations, look_at_unknown
 from sedac_hf.errors import ConfigError
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_ALPHA = 0.1
 DEFAULT_CONFIDENCE_DECAY = 0.9
@@ -224,7 +221,7 @@ class SedacConfig(PreTrainedConfig):
         if isinstance(base_config, Mapping):
             if "model_type" not in base_config:
                 raise ConfigError("`text_config` must name the base decoder's `model_type`, got a dict without it")
-            base_config = _config_of(base_config)
+            base_config = config_of(base_config)
         self.text_config = base_config
         if schedule is not None and None in (layer_configs, confidence_decay, soft_exit, cut, objective, risk_scale):
             raise ConfigError(
@@ -262,7 +259,7 @@ class SedacConfig(PreTrainedConfig):
             # The setters recurse into nested configurations: one value for all, or none, would overwrite theirs.
             for kind in ("attn", "experts"):
                 if kwargs.get(f"{kind}_implementation") is None:
-                    nested = _implementations(base_config, f"_{kind}_implementation")
+                    nested = implementations(base_config, f"_{kind}_implementation")
                     # Some classes take a mapping for none of their own.
                     own = nested if len(nested) > 1 else nested[""]
                     kwargs[f"{kind}_implementation"] = {"": nested[""], "text_config": own}
@@ -271,7 +268,7 @@ class SedacConfig(PreTrainedConfig):
                 if value is not None:
                     kwargs.setdefault(name, value)
         kwargs["tie_word_embeddings"] = False  # the base ties its own
-        _look_at_unknown(kwargs)
+        look_at_unknown(kwargs, _OWN_ARGUMENTS, _EXPOSED)
         super().__init__(**kwargs)
 
     def to_sedac_dict(self) -> dict[str, Any]:
@@ -331,12 +328,6 @@ _OWN_ARGUMENTS = tuple(
     for name in inspect.signature(SedacConfig.__init__).parameters
     if name not in ("self", "text_config", "kwargs")
 )
-# Arguments of every configuration of transformers that are not among its fields.
-_TRANSFORMERS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-    *("tie_word_embeddings", "use_cache", "attn_implementation", "experts_implementation", "name_or_path"),
-    *("torch_dtype", "quantization_config", "distributed_config", "auto_map", "per_layer_config"),
-)
 _EXPOSED = (
     "vocab_size",
     "hidden_size",
@@ -345,20 +336,6 @@ _EXPOSED = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-
-
-def _look_at_unknown(kwargs: Mapping[str, Any]) -> None:
-    """Refuse keys that are misspelt arguments of `SedacConfig`; warn of others that no configuration has."""
-    known = {*PreTrainedConfig.__dataclass_fields__, *_TRANSFORMERS, *_EXPOSED}
-    for name in sorted(name for name in kwargs if name not in known and not hasattr(PreTrainedConfig, name)):
-        likely = difflib.get_close_matches(name, (*_OWN_ARGUMENTS, "text_config"), n=1, cutoff=0.8)
-        if likely:
-            raise ConfigError(f"a SedacConfig has no `{name}`: did you mean `{likely[0]}`?")
-        if not name.startswith("_"):
-            logger.warning_once(
-                f"a SedacConfig has no `{name}`: it is kept as an attribute and changes nothing. Was it saved by a "
-                "newer sedac-hf?"
-            )
 
 
 def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
@@ -374,27 +351,10 @@ def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
         raise ConfigError(f"a layer config is incomplete: {error}") from error
 
 
-def _config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """A decoder's configuration; of one whose class is in the code that comes with its weights, the values alone."""
-    if values["model_type"] not in CONFIG_MAPPING and "AutoConfig" in (values.get("auto_map") or {}):
-        return PreTrainedConfig(**values)
-    return AutoConfig.for_model(**values)
-
-
 def _assumed_layers(base: PreTrainedConfig | None) -> tuple[int, ...]:
     """Default checkpoints of a decoder that was not looked at; none where its configuration names no layers."""
     n_layers = getattr(base, "num_hidden_layers", None)
     return default_checkpoint_layers(n_layers) if isinstance(n_layers, int) and n_layers > 0 else ()
-
-
-def _implementations(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    """A configuration's choice of implementation and those of the ones nested in it, in the form that setters take."""
-    found: dict[str, Any] = {"": getattr(config, name, None)}
-    for part in config.sub_configs:
-        nested = getattr(config, part, None)
-        if nested is not None:
-            found[part] = _implementations(nested, name)
-    return found
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...], *, optional: bool = False) -> Any:

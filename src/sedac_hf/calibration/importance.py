@@ -72,7 +72,7 @@ def truncate_allocation(
     worth = []
     for i, site in enumerate(runtime.sites):
         if site.experts is not None:
-            worth.append(statistics.power[i].sqrt() * _down_norms(site.experts))
+            worth.append(statistics.power[i].sqrt() * site.experts.down_norms().cpu())
             continue
         norm = norms(site.parts()[2], dim=0).cpu()
         # Tied weights have one order: by what their units do in all of their uses.
@@ -92,12 +92,6 @@ def truncate_allocation(
     own = tuple(None if site.origin else places for site, places in zip(runtime.sites, order, strict=True))
     ranks = [0 if site.experts else compensator.rank for site in runtime.sites]
     return own, compensator, TruncateAllocation(ordered, measured, parameters, runtime.hidden_size, ranks)
-
-
-def _down_norms(experts: Experts) -> Tensor:
-    """float32 [E, f]: the norm of each unit's column of down."""
-    downs = [experts.down[e].T if experts.transposed else experts.down[e] for e in range(experts.count)]
-    return torch.stack([norms(down, dim=0) for down in downs]).cpu()
 
 
 def _by_place(worth: Tensor, order: Tensor) -> Tensor:
@@ -129,8 +123,7 @@ def _left_means(experts: Experts, mean: Tensor) -> Tensor:
     the weights are in channel order."""
     total = torch.zeros(experts.intermediate_size, experts.hidden_size)
     for expert in range(experts.count):
-        down = experts.down[expert].detach()
-        total += (down if experts.transposed else down.T).float().cpu() * mean[expert][:, None]
+        total += experts.down_of(expert).detach().T.float().cpu() * mean[expert][:, None]
     return total
 
 

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.experts import Experts
-from sedac_hf.ffn.linears import norms
-from sedac_hf.ffn.shadow import ExactGate, Shadow, unit_norms
+from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.site import FFNSite
-from sedac_hf.ops.low_bit import LowBitMatrix
 
 
 class ExpertShadows:
@@ -21,13 +19,7 @@ class ExpertShadows:
     """
 
     def __init__(self, experts: Experts, bits: int) -> None:
-        self.shadows = []
-        for expert in range(experts.count):
-            weights = experts.weights(expert)
-            gate, bias = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
-            bias = None if bias is None else bias.detach().float().clone()
-            shadow = Shadow(LowBitMatrix.quantize(gate, bits), bias, unit_norms(weights), weights.activation)
-            self.shadows.append(shadow)
+        self.shadows = [Shadow.of(experts.weights(expert), bits) for expert in range(experts.count)]
         self.bytes = experts.top_k * self.shadows[0].bytes
         self.multiply_adds = experts.top_k * self.shadows[0].multiply_adds
         self.chosen_matrices = experts.matrices
@@ -35,10 +27,10 @@ class ExpertShadows:
     @staticmethod
     def bytes_for(experts: Experts, bits: int) -> int:
         """Bytes that the shadows of all experts would hold; 0 where none can be made."""
-        f = experts.intermediate_size
         if experts.activation is None:
             return 0
-        return experts.count * (LowBitMatrix.bytes_of(f, experts.hidden_size, bits) + (8 if experts.biased else 4) * f)
+        sizes = experts.intermediate_size, experts.hidden_size, bits
+        return experts.count * Shadow.bytes_of(*sizes, biased=experts.biased)
 
     @property
     def held_bytes(self) -> int:
@@ -59,12 +51,9 @@ class ExpertUnits:
     """The hidden values decide themselves: importance_j = |h_j| * ||down_j||. Gate and up are computed whole, so it
     saves down alone; for experts of which no low-bit copy is wanted or can be made."""
 
-    held_bytes: int
-
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
-        downs = [experts.down[e].T if experts.transposed else experts.down[e] for e in range(experts.count)]
-        self.unit_norm = torch.stack([norms(down, dim=0) for down in downs])
+        self.unit_norm = experts.down_norms()
         self.held_bytes = 4 * self.unit_norm.numel()
         self.multiply_adds = experts.top_k * (experts.matrices - 1) * experts.hidden_size * experts.intermediate_size
         self.bytes = 2 * self.multiply_adds  # read; as a bf16 base holds it, like all of the needed share

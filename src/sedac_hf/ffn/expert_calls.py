@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from sedac_hf.ffn.deciders import Decider, ExpertShadows
 from sedac_hf.ffn.experts import Experts
@@ -35,18 +33,16 @@ class ExpertsOwner:
         self.experts = experts
         self.kernels = kernels
         self.original = original_forward(call.site.owner)
-        self._names = list(inspect.signature(type(call.site.owner).forward).parameters)[1:4]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cut = self.call.cut()
         if cut is None:
             return self.original(*args, **kwargs)
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        routing = [given.get(name) for name in self._names]
-        if len(args) + len(kwargs) != 3 or not all(isinstance(part, Tensor) for part in routing):
+        routing = self.experts.routing(args, kwargs)
+        if routing is None:
             return self.original(*args, **kwargs)
-        x, index, weights = cast("list[Tensor]", routing)
-        if x.dim() != 2 or x.dtype != self.experts.down.dtype or torch.is_autocast_enabled(x.device.type):
+        x, index, weights = routing
+        if x.dtype != self.experts.down.dtype or torch.is_autocast_enabled(x.device.type):
             return self.original(*args, **kwargs)
         if x.shape[0] != cut.plan.n_tokens:
             cut = self.call.uneven(x.shape[0])

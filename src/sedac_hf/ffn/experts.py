@@ -7,6 +7,9 @@ it is no FFN of ours and runs whole.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import close
+from sedac_hf.ffn.linears import close, norms
 from sedac_hf.ffn.verify import activations_of, applied
 from sedac_hf.ops.activations import Activation
 from sedac_hf.ops.contract import FFNWeights, is_ordinary
@@ -95,8 +98,28 @@ class Experts:
 
     def project(self, expert: int, h: Tensor) -> Tensor:
         """Down of an expert for its first units h [m, k] -> [m, d], bias added."""
-        down = self.down[expert].T if self.transposed else self.down[expert]
-        return functional.linear(h, down[:, : h.shape[-1]], self._bias("down_proj", expert))
+        return functional.linear(h, self.down_of(expert)[:, : h.shape[-1]], self._bias("down_proj", expert))
+
+    def down_of(self, expert: int) -> Tensor:
+        """Down of an expert, [d, f]; a view."""
+        return self.down[expert].T if self.transposed else self.down[expert]
+
+    def down_norms(self) -> Tensor:
+        """float32 [E, f]: the Euclidean norm of each unit's column of down."""
+        return torch.stack([norms(self.down_of(expert), dim=0) for expert in range(self.count)])
+
+    @functools.cached_property
+    def _argument_names(self) -> tuple[str, ...]:
+        return tuple(inspect.signature(type(self.module).forward).parameters)[1:4]
+
+    def routing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(x [n, d], index [n, k], weights [n, k]) of a call of the module; None for a call of another kind."""
+        names = self._argument_names
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, index, weights = (given.get(name) for name in names)
+        if len(args) + len(kwargs) != 3 or not isinstance(x, Tensor) or x.dim() != 2:
+            return None
+        return (x, index, weights) if isinstance(index, Tensor) and isinstance(weights, Tensor) else None
 
     def weights(self, expert: int) -> FFNWeights:
         """One expert as an FFN.
@@ -109,7 +132,6 @@ class Experts:
         f = self.intermediate_size
         rows, bias = self.first[expert], self._bias(self.first_name, expert)
         rows = rows.T if self.transposed else rows
-        down = self.down[expert].T if self.transposed else self.down[expert]
         gate: Tensor | None = None
         gate_bias: Tensor | None = None
         up, up_bias = rows, bias
@@ -117,7 +139,9 @@ class Experts:
             gates, ups = (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(0, f), slice(f, 2 * f))
             gate, up = rows[gates], rows[ups]
             gate_bias, up_bias = (None, None) if bias is None else (bias[gates], bias[ups])
-        return FFNWeights(gate, up, down, gate_bias, up_bias, self._bias("down_proj", expert), self.activation)
+        return FFNWeights(
+            gate, up, self.down_of(expert), gate_bias, up_bias, self._bias("down_proj", expert), self.activation
+        )
 
     def unit_tensors(self, expert: int) -> list[tuple[Tensor, int, int]]:
         """(tensor, dimension of the units, entries per unit there: 1, or 2 side by side, or -2 in two halves) of all

@@ -50,7 +50,11 @@ class Shadow:
         Raises:
             UnsupportedModelError: the weights or the activation can't be read here; use `ExactGate`, or truncate.
         """
-        weights = _readable_weights(site)
+        return cls.of(_readable_weights(site), bits)
+
+    @classmethod
+    def of(cls, weights: FFNWeights, bits: int = 4) -> Shadow:
+        """The shadow of weights that can be read."""
         deciding, bias = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
         bias = None if bias is None else bias.detach().float().clone()
         return cls(LowBitMatrix.quantize(deciding, bits), bias, unit_norms(weights), weights.activation)
@@ -62,7 +66,12 @@ class Shadow:
         if not _can_be_read(site):
             return 0
         biased = bias_of(site.up if site.gate is None else site.gate) is not None
-        return LowBitMatrix.bytes_of(f, site.hidden_size, bits) + (8 if biased else 4) * f
+        return Shadow.bytes_of(f, site.hidden_size, bits, biased=biased)
+
+    @staticmethod
+    def bytes_of(units: int, hidden_size: int, bits: int, *, biased: bool) -> int:
+        """Bytes of the shadow of an FFN of this size."""
+        return LowBitMatrix.bytes_of(units, hidden_size, bits) + (8 if biased else 4) * units
 
     @property
     def held_bytes(self) -> int:

@@ -159,9 +159,7 @@ class _Call:
             for token, share in zip(group.tokens.tolist(), shares, strict=True)
         ]
         y, needed, read = kernel.run_accepted(x, points, kernel_threads())
-        self.needed = self.needed + needed
-        self.read += read
-        self.computed += needed
+        self._add(needed=needed, read=read, computed=needed)
         return y
 
     def _in_strips(self, group: Group, x: Tensor, cut: SiteCut) -> Tensor:
@@ -169,16 +167,8 @@ class _Call:
         part = replace(cut, plan=plan, compensation=None, importance=None, kernel=None, record=self._add)
         return cut_ffn(x, self._experts.weights(group.expert), part)
 
-    def _add(
-        self,
-        *,
-        engine: str,
-        tokens: int,
-        needed: int | Tensor,
-        read: int,
-        computed: int,
-        whole_read: int | None = None,
-    ) -> None:
+    def _add(self, *, needed: int | Tensor, read: int, computed: int, **_: object) -> None:
+        """A `Record` of one expert's part of the call."""
         self.needed = self.needed + needed
         self.read += read
         self.computed += computed
@@ -194,7 +184,5 @@ class _Call:
             # A NaN importance keeps its unit: a token that is already broken must not look healthy.
             used &= ~(worth < least[:, None])
         h = torch.where(used, h, torch.zeros((), dtype=h.dtype, device=h.device))
-        self.needed = self.needed + (used.sum() if chooses else int(widths.sum()))
-        self.read += hi
-        self.computed += hi * x.shape[0]
+        self._add(needed=used.sum() if chooses else int(widths.sum()), read=hi, computed=hi * x.shape[0])
         return self._experts.project(group.expert, h)

@@ -160,7 +160,10 @@ def _show_experts(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    x, index, weights = [part.detach() for part in (*args, *kwargs.values())][:3]
+    routing = experts.routing(args, kwargs)
+    if routing is None:
+        return
+    x, index, weights = (part.detach() for part in routing)
     with torch.no_grad():
         for group in grouped(index, experts.count)[1]:
             rows = x[group.rows]
