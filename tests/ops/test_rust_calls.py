@@ -69,7 +69,7 @@ def test_strided_rows_and_both_layouts_of_down_fit():
     assert CpuFFN.fits(changed(weights, "down", lambda w: torch.cat((w, w), dim=1)[:, :40]))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 4, 5, 9])
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, MAX_ROWS, MAX_ROWS + 1])
 @pytest.mark.parametrize("selects", [True, False])
 def test_rows_that_a_kernel_takes(rows, selects):
     c = case(16, 40, max(rows, 1), selects=selects)
@@ -79,7 +79,9 @@ def test_rows_that_a_kernel_takes(rows, selects):
     y = cut_ffn(x, c.weights, c.cut([3] * rows, record))
     assert relative_error(y, masked(x, c.weights, c.cut([3] * rows))) < 1e-5 or rows == 0
     (call,) = record.calls
-    assert call["engine"] == ("none" if rows == 0 else "rust" if rows <= 4 else "masked" if selects else "strips")
+    assert call["engine"] == (
+        "none" if rows == 0 else "rust" if rows <= MAX_ROWS else "masked" if selects else "strips"
+    )
 
 
 def test_inputs_that_a_kernel_does_not_take():
@@ -125,8 +127,8 @@ def test_a_call_with_a_gradient_runs_in_torch(of):
 
 def test_bad_calls_are_refused_by_the_kernel_itself():
     c = case(16, 40, 1)
-    with pytest.raises(ConfigError, match=r"1 to 4 rows.*\[5, 16\]"):
-        c.kernel.run(torch.randn(5, 16), [OperatingPoint(40)] * 5)
+    with pytest.raises(ConfigError, match=r"1 to 16 rows.*\[17, 16\]"):
+        c.kernel.run(torch.randn(17, 16), [OperatingPoint(40)] * 17)
     with pytest.raises(ValueError, match="needs a shadow"):
         CpuFFN(c.weights).run(c.x, [OperatingPoint(40, 0.5)])
     with pytest.raises(ValueError, match=r'this machine.*"sse9"'):
@@ -175,8 +177,8 @@ def test_linear_maps_that_do_not_fit():
     assert not CpuLinear.fits(weight, torch.ones(6, dtype=torch.bfloat16))
     assert not CpuLinear.fits(weight, torch.ones(12)[::2])
     assert not CpuLinear.fits(weight.as_subclass(Subclass), None)
-    with pytest.raises(ValueError, match="1 to 4 rows"):
-        CpuLinear(weight, None).run(torch.ones(5, 4))
+    with pytest.raises(ValueError, match="1 to 16 rows"):
+        CpuLinear(weight, None).run(torch.ones(17, 4))
 
 
 def test_engines_of_a_mixed_batch_agree_in_what_they_record():
@@ -196,7 +198,7 @@ def test_engines_of_a_mixed_batch_agree_in_what_they_record():
         (lambda x: x[:, :-1], r"\[2, 63\]"),
         (lambda x: x.double(), "float64"),
         (lambda x: x[:0], r"\[0, 64\]"),
-        (lambda x: x.new_zeros(MAX_ROWS + 1, 64), r"\[5, 64\]"),
+        (lambda x: x.new_zeros(MAX_ROWS + 1, 64), r"\[17, 64\]"),
         (lambda x: x.to("meta"), "meta"),
     ],
     ids=["hidden size", "dtype", "no rows", "too many rows", "device"],

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from sedac_hf import SedacForCausalLM
-from sedac_hf.ops.compiled import available
+from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.runtime import planner
 from tests.policies import random_policy
 from tests.quantised import quantised_model
@@ -21,7 +21,7 @@ __all__ = ["fresh_compiler"]  # a fixture that holds here too
 def test_a_compiled_call_that_can_only_mask_is_not_decided_by_eager_times(monkeypatch):
     """On a CPU graphs of many rows mask: full width, however well eager steps would do."""
     monkeypatch.setattr(planner, "interleaved", lambda calls, device: [1.0, 0.1][: len(calls)])
-    model, ids = wrapped(cut="select"), token_ids(5, 6)
+    model, ids = wrapped(cut="select"), token_ids(MAX_ROWS + 1, 6)
     monkeypatch.setattr(model.runtime.planner, "_decide_once", lambda x, rows: None)
     expected = generate(base_model(), ids, compiled=False)
     assert torch.equal(generate(model, ids, consistent=False), expected)

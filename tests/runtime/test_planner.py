@@ -8,6 +8,7 @@ import torch
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import compiled
+from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime import SedacRuntime, decode_linears, planner
 from tests.policies import random_policy
@@ -85,7 +86,8 @@ def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernel
         for rows, by_kernel in ((1, kernels_win), (3, True)):
             model.reset_stats()
             monkeypatch.setattr(model.runtime.planner, "_compare_kernels", lambda _: None)
-            model.generate(token_ids(rows, 5), max_new_tokens=3)
+            # Longer than a kernel's calls, so that steps alone can run by one.
+            model.generate(token_ids(rows, MAX_ROWS + 1), max_new_tokens=3)
             assert ("rust, whole" in model.stats().engines) is by_kernel
 
 

@@ -1,7 +1,5 @@
 //! The output as a sum of down's columns, each times its unit's hidden value.
 
-use std::sync::MutexGuard;
-
 use crate::{
     arch::{Kernel, Simd},
     element::Element,
@@ -56,7 +54,7 @@ pub(crate) struct SumParts<'a, 'b, T, const N: usize> {
     pub(crate) bias: Option<&'a [T]>,
     pub(crate) length: usize,
     pub(crate) from: usize,
-    pub(crate) outputs: &'a mut MutexGuard<'b, [&'b mut [T]; N]>,
+    pub(crate) outputs: &'a mut [&'b mut [T]; N],
 }
 
 impl<T: Element, const N: usize> Kernel for SumParts<'_, '_, T, N> {

@@ -1,4 +1,4 @@
-//! A whole FFN for one to four rows, of which each uses its own units.
+//! A whole FFN for a few rows, of which each uses its own units.
 //!
 //! Three steps, each shared out over the team: which units each row needs ([`crate::shadow`]); the hidden values of
 //! those units, from gate's and up's rows, and what they add to the output; the sum of the parts. Units are taken in
@@ -14,13 +14,9 @@ use std::{cell::Cell, sync::Mutex};
 
 use crate::{
     arch::{Isa, LANE_UNITS},
-    columns::{AddUnits, SumParts},
     element::Element,
-    hidden::Hide,
-    linear::Rows,
-    matrix::Matrix,
-    products::{Inputs, STEP},
-    rows::{split_outputs, tasks_of, widened, Parts},
+    groups::{Group, GROUP_ROWS},
+    rows::widened,
     runs::{Runs, RUNS},
     shadow::{Choose, Int8Row, Shadow},
     site::{Down, Ffn, Need, Point},
@@ -30,8 +26,6 @@ use crate::{
 
 /// Blocks that the units are cut into: enough to share out, few enough that summing their outputs costs little.
 const BLOCKS: usize = 32;
-/// Numbers in the parts from which their sum is shared out over the team.
-const SHARED_SUM_FROM: usize = 1 << 16;
 
 /// What a call used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,14 +75,15 @@ pub fn ffn<T: Element>(
     } else if points.iter().any(|point| point.importance_min > 0.0) {
         return Err(Error::NoShadow);
     }
-    let call = Call { isa, team, weights, shadow, points, x };
-    match rows {
-        1 => Ok(call.run::<1>(y, hidden)),
-        2 => Ok(call.run::<2>(y, hidden)),
-        3 => Ok(call.run::<3>(y, hidden)),
-        MAX_ROWS => Ok(call.run::<MAX_ROWS>(y, hidden)),
-        got => Err(Error::Rows { got }),
+    if !(1..=MAX_ROWS).contains(&rows) {
+        return Err(Error::Rows { got: rows });
     }
+    Ok(Call { isa, team, weights, shadow, block: block_of(f) }.run(points, x, y, hidden))
+}
+
+/// Units in one block of an FFN.
+fn block_of(units: usize) -> usize {
+    units.div_ceil(BLOCKS).next_multiple_of(RUNS * LANE_UNITS).max(RUNS * LANE_UNITS)
 }
 
 /// Memory that a thread keeps from call to call: fresh pages would cost more than the sums in them.
@@ -105,171 +100,124 @@ thread_local! {
     };
 }
 
-struct Call<'a, T> {
-    isa: Isa,
-    team: &'a dyn Team,
-    weights: &'a Ffn<'a, T>,
+/// What all groups of rows share.
+pub(crate) struct Call<'a, T> {
+    pub(crate) isa: Isa,
+    pub(crate) team: &'a dyn Team,
+    pub(crate) weights: &'a Ffn<'a, T>,
     shadow: Option<Shadow<'a>>,
-    points: &'a [Point],
-    x: &'a [T],
+    pub(crate) block: usize,
 }
 
 impl<T: Element> Call<'_, T> {
-    fn run<const N: usize>(&self, y: &mut [T], hidden: Option<&mut [f32]>) -> Used {
+    fn run(&self, points: &[Point], x: &[T], y: &mut [T], hidden: Option<&mut [f32]>) -> Used {
+        let (f, d) = (self.weights.units(), self.weights.hidden_size());
         let mut space = WORKSPACE.take();
-        let widest = self.points.iter().map(|point| point.width.min(self.weights.units())).max().unwrap_or(0);
-        let block =
-            self.weights.units().div_ceil(BLOCKS).next_multiple_of(RUNS * LANE_UNITS).max(RUNS * LANE_UNITS);
-        let blocks = widest.div_ceil(block);
-        space.chosen.resize_with(space.chosen.len().max(blocks), Vec::new);
-        let wide = widened(self.isa, self.x);
-        self.choose(&mut space.chosen[..blocks], &wide, block, widest);
-        let inputs = Inputs::<T, N>::new(self.x, &wide);
-        let chosen = &space.chosen[..blocks];
+        let points: Vec<_> =
+            points.iter().map(|point| Point { width: point.width.min(f), ..*point }).collect();
+        let widest = points.iter().map(|point| point.width).max().unwrap_or(0);
+        let blocks = widest.div_ceil(self.block);
+        let count = points.len().div_ceil(GROUP_ROWS);
+        space.chosen.resize_with(space.chosen.len().max(count * blocks), Vec::new);
+        let wide = widened(self.isa, x);
+        let rows = points.chunks(GROUP_ROWS).zip(wide.chunks(GROUP_ROWS * d));
+        let chosen = &mut space.chosen[..count * blocks];
+        self.choose(chosen, blocks, rows.clone());
+        let chosen = &space.chosen[..count * blocks];
+        let of_group = |g: usize| &chosen[g * blocks..(g + 1) * blocks];
+        let groups: Vec<_> = rows
+            .zip(x.chunks(GROUP_ROWS * d))
+            .enumerate()
+            .map(|(g, ((points, wide), x))| Group { points, x, wide, chosen: of_group(g) })
+            .collect();
         match self.weights.down {
-            Down::Columns(down) => self.by_columns(down, inputs, chosen, block, &mut space.parts, y, hidden),
+            Down::Columns(down) => self.by_columns(down, &groups, &mut space.parts, y, hidden),
             Down::Rows(down) => {
                 let hidden = hidden.unwrap_or_else(|| {
-                    space.hidden.resize(space.hidden.len().max(N * self.weights.units()), 0.0);
-                    &mut space.hidden[..N * self.weights.units()]
+                    space.hidden.resize(space.hidden.len().max(points.len() * f), 0.0);
+                    &mut space.hidden[..points.len() * f]
                 });
-                self.by_rows(down, inputs, chosen, block, widest, hidden, y);
+                self.by_rows(down, &groups, hidden, y);
             }
         }
-        let read = chosen.iter().map(Vec::len).sum();
-        let needed = match N {
-            1 => read,
-            _ => chosen.iter().flatten().map(|(_, rows)| rows.count_ones() as usize).sum(),
-        };
+        let used = self.used(&groups);
         WORKSPACE.set(space);
-        Used { needed, read }
+        used
     }
 
-    /// Fills one list per block; `wide` are the inputs.
-    fn choose(&self, chosen: &mut [Vec<Need>], wide: &[f32], block: usize, widest: usize) {
-        let runs_of =
-            |b: usize| Runs { from: b * block, length: block / RUNS, to: ((b + 1) * block).min(widest) };
-        let Some(shadow) = self.shadow.filter(|_| self.points.iter().any(|point| point.importance_min > 0.0))
-        else {
-            for (b, chosen) in chosen.iter_mut().enumerate() {
-                chosen.clear();
-                let runs = runs_of(b);
-                for at in 0..runs.length {
-                    for unit in (0..RUNS).map(|r| runs.unit(at, r)).take_while(|&unit| unit < runs.to) {
-                        // This runs on one thread while the others wait.
-                        let rows = match self.points {
-                            [_] => 1,
-                            points => (0..points.len()).map(|n| u8::from(points[n].width > unit) << n).sum(),
-                        };
-                        chosen.push((unit as u32, rows));
+    fn used(&self, groups: &[Group<'_, T>]) -> Used {
+        let needs = |group: &Group<'_, T>| -> usize {
+            group.chosen.iter().flatten().map(|(_, rows)| rows.count_ones() as usize).sum()
+        };
+        let read = if let [group] = groups {
+            group.chosen.iter().map(Vec::len).sum()
+        } else {
+            let mut seen = vec![false; self.weights.units()];
+            for (unit, _) in groups.iter().flat_map(|group| group.chosen).flatten() {
+                seen[*unit as usize] = true;
+            }
+            seen.into_iter().filter(|&seen| seen).count()
+        };
+        let one_row = matches!(groups, [group] if group.points.len() == 1);
+        Used { needed: if one_row { read } else { groups.iter().map(needs).sum() }, read }
+    }
+
+    /// Fills one list per group and block; `rows` are each group's points and inputs.
+    fn choose<'b>(
+        &self,
+        chosen: &mut [Vec<Need>],
+        blocks: usize,
+        rows: impl Iterator<Item = (&'b [Point], &'b [f32])>,
+    ) {
+        let runs_of = |b: usize, widest: usize| Runs {
+            from: b * self.block,
+            length: self.block / RUNS,
+            to: ((b + 1) * self.block).min(widest),
+        };
+        let mut choosers = Vec::new();
+        for ((points, wide), chosen) in rows.zip(chosen.chunks_mut(blocks.max(1))) {
+            let widest = points.iter().map(|point| point.width).max().unwrap_or(0);
+            match self.shadow.filter(|_| points.iter().any(|point| point.importance_min > 0.0)) {
+                Some(shadow) => {
+                    let rows: Vec<_> =
+                        wide.chunks_exact(self.weights.hidden_size()).map(Int8Row::of).collect();
+                    let lists: Vec<_> = chosen.iter_mut().map(Mutex::new).collect();
+                    choosers.push(move |b: usize| {
+                        let mut chosen = lists[b].lock().expect("each task is run once");
+                        self.isa.run(Choose {
+                            shadow,
+                            activation: self.weights.activation,
+                            rows: &rows,
+                            points,
+                            runs: runs_of(b, widest),
+                            chosen: &mut chosen,
+                        });
+                    });
+                }
+                None => {
+                    for (b, chosen) in chosen.iter_mut().enumerate() {
+                        all_of(runs_of(b, widest), points, chosen);
                     }
                 }
             }
-            return;
-        };
-        let rows: Vec<_> = wide.chunks_exact(self.weights.hidden_size()).map(Int8Row::of).collect();
-        let lists: Vec<_> = chosen.iter_mut().map(Mutex::new).collect();
-        self.team.run(lists.len(), &|b| {
-            let mut chosen = lists[b].lock().expect("each task is run once");
-            self.isa.run(Choose {
-                shadow,
-                activation: self.weights.activation,
-                rows: &rows,
-                points: self.points,
-                runs: runs_of(b),
-                chosen: &mut chosen,
-            });
-        });
-    }
-
-    #[allow(clippy::too_many_arguments)] // parts of one call
-    fn by_columns<const N: usize>(
-        &self,
-        down: Matrix<'_, T>,
-        inputs: Inputs<'_, T, N>,
-        chosen: &[Vec<Need>],
-        block: usize,
-        parts: &mut Vec<f32>,
-        y: &mut [T],
-        hidden: Option<&mut [f32]>,
-    ) {
-        let d = self.weights.hidden_size();
-        let mut hidden: Option<Parts<'_, f32, N>> = hidden.map(|hidden| {
-            hidden.fill(0.0);
-            split_outputs(hidden, block)
-        });
-        parts.resize(parts.len().max(chosen.len() * N * d), 0.0);
-        let parts = &mut parts[..chosen.len() * N * d];
-        let sums: Vec<_> = parts.chunks_exact_mut(N * d).map(Mutex::new).collect();
-        self.team.run(chosen.len(), &|b| {
-            let mut sums = sums[b].lock().expect("each task is run once");
-            sums.fill(0.0);
-            let mut sums = sums.chunks_exact_mut(d);
-            let mut hidden = hidden.as_ref().map(|parts| parts[b].lock().expect("each task is run once"));
-            self.isa.run(AddUnits {
-                weights: self.weights,
-                down,
-                inputs,
-                units: &chosen[b],
-                // A guess at what this thread does next, to have it brought near.
-                next: chosen.get(b + self.team.threads()).map_or(&[], Vec::as_slice),
-                sums: std::array::from_fn(|_| sums.next().unwrap_or_default()),
-                first: b * block,
-                hidden: hidden.as_deref_mut(),
-            });
-        });
-        drop(sums);
-        hidden.take();
-        let team = (parts.len() >= SHARED_SUM_FROM).then_some(self.team);
-        let width = team.map_or(d, |team| d.div_ceil(team.threads()).next_multiple_of(LANE_UNITS)).max(1);
-        let outputs = split_outputs::<T, N>(y, width);
-        let sum = |i: usize| {
-            let mut outputs = outputs[i].lock().expect("each task is run once");
-            let bias = self.weights.down_bias;
-            self.isa.run(SumParts { parts, bias, length: d, from: i * width, outputs: &mut outputs });
-        };
-        match team {
-            Some(team) => team.run(outputs.len(), &sum),
-            None => (0..outputs.len()).for_each(sum),
+        }
+        if !choosers.is_empty() {
+            self.team.run(blocks, &|b| choosers.iter().for_each(|choose| choose(b)));
         }
     }
+}
 
-    #[allow(clippy::too_many_arguments)] // parts of one call
-    fn by_rows<const N: usize>(
-        &self,
-        down: Matrix<'_, T>,
-        inputs: Inputs<'_, T, N>,
-        chosen: &[Vec<Need>],
-        block: usize,
-        widest: usize,
-        hidden: &mut [f32],
-        y: &mut [T],
-    ) {
-        hidden.fill(0.0);
-        let parts = split_outputs::<f32, N>(hidden, block);
-        self.team.run(chosen.len(), &|b| {
-            let mut hidden = parts[b].lock().expect("each task is run once");
-            self.isa.run(Hide {
-                weights: self.weights,
-                inputs,
-                units: &chosen[b],
-                next: chosen.get(b + self.team.threads()).map_or(&[], Vec::as_slice),
-                first: b * block,
-                hidden: &mut hidden,
-            });
-        });
-        drop(parts);
-        let f = self.weights.units();
-        // Up to where a row's bits do not depend on how far the others reach.
-        let length = widest.next_multiple_of(STEP).min(f);
-        let wide = std::array::from_fn(|n| &hidden[n * f..][..length]);
-        let inputs = Inputs { own: [&[] as &[T]; N], wide };
-        let per_task = tasks_of(self.weights.hidden_size(), self.team);
-        let outputs = split_outputs::<T, N>(y, per_task);
-        self.team.run(outputs.len(), &|task| {
-            let mut outputs = outputs[task].lock().expect("each task is run once");
-            let bias = self.weights.down_bias;
-            self.isa.run(Rows { weight: down, bias, inputs, from: task * per_task, outputs: &mut outputs });
-        });
+/// The units of a block that lie within the rows' widths, where nothing else decides.
+fn all_of(runs: Runs, points: &[Point], chosen: &mut Vec<Need>) {
+    chosen.clear();
+    for at in 0..runs.length {
+        for unit in (0..RUNS).map(|r| runs.unit(at, r)).take_while(|&unit| unit < runs.to) {
+            // This runs on one thread while the others wait.
+            let rows = match points {
+                [_] => 1,
+                points => (0..points.len()).map(|n| u8::from(points[n].width > unit) << n).sum(),
+            };
+            chosen.push((unit as u32, rows));
+        }
     }
 }

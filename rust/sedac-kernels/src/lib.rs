@@ -1,4 +1,4 @@
-//! Decode kernels for CPUs: a cut FFN, a plain linear map and a probe, for one to four rows.
+//! Decode kernels for CPUs: a cut FFN, a plain linear map and a probe, for a few rows.
 //!
 //! With few rows a decoder's time is the time of reading its weights. These kernels read each weight once, at the
 //! speed of memory, and read nothing that a token does not use: [`ffn`] decides by a 4-bit [`Shadow`] which hidden units
@@ -44,6 +44,7 @@ mod columns;
 mod element;
 mod error;
 mod ffn;
+mod groups;
 mod hidden;
 mod linear;
 mod matrix;
@@ -54,6 +55,7 @@ mod rows;
 mod runs;
 mod shadow;
 mod site;
+mod steps;
 mod team;
 
 pub use activation::Activation;
@@ -70,4 +72,4 @@ pub use site::{Down, Ffn, Point};
 pub use team::{drain, OwnThreads, Serial, Team};
 
 /// Most rows of a call: with more, weights are used often enough that matrix products are the better way.
-pub const MAX_ROWS: usize = 4;
+pub const MAX_ROWS: usize = 16;

@@ -1,8 +1,9 @@
-//! A linear map of one to four rows: every weight is read once.
+//! A linear map of a few rows: every weight is read once.
 
 use crate::{
     arch::{Isa, Kernel, Simd},
     element::Element,
+    groups::{split, with_rows, GROUP_ROWS},
     matrix::Matrix,
     products::{dots, dots_wide, Inputs},
     rows::{split_outputs, tasks_of, widened},
@@ -24,13 +25,9 @@ pub fn linear<T: Element>(
     y: &mut [T],
     rows: usize,
 ) -> Result<(), Error> {
-    let run = match rows {
-        1 => run::<T, 1>,
-        2 => run::<T, 2>,
-        3 => run::<T, 3>,
-        MAX_ROWS => run::<T, MAX_ROWS>,
-        got => return Err(Error::Rows { got }),
-    };
+    if !(1..=MAX_ROWS).contains(&rows) {
+        return Err(Error::Rows { got: rows });
+    }
     for (what, got, wanted) in [
         ("x", x.len(), rows * weight.columns()),
         ("y", y.len(), rows * weight.rows()),
@@ -40,26 +37,44 @@ pub fn linear<T: Element>(
             return Err(Error::size(what, wanted, got));
         }
     }
-    run(isa, team, weight, bias, x, y);
+    let (groups, d) = (rows.div_ceil(GROUP_ROWS), weight.columns());
+    let map = Map { isa, weight, bias, per_task: tasks_of(weight.rows(), team, groups, d * size_of::<T>()) };
+    let wide = widened(isa, x);
+    let steps: Vec<_> = (0..rows)
+        .step_by(GROUP_ROWS)
+        .zip(split(y, weight.rows(), groups))
+        .map(|(from, y)| {
+            let to = rows.min(from + GROUP_ROWS);
+            with_rows!(to - from, map.of(&x[from * d..to * d], &wide[from * d..to * d], y))
+        })
+        .collect();
+    team.run(weight.rows().div_ceil(map.per_task), &|task| steps.iter().for_each(|step| step(task)));
     Ok(())
 }
 
-fn run<T: Element, const N: usize>(
+struct Map<'a, T> {
     isa: Isa,
-    team: &dyn Team,
-    weight: Matrix<'_, T>,
-    bias: Option<&[T]>,
-    x: &[T],
-    y: &mut [T],
-) {
-    let wide = widened(isa, x);
-    let inputs = Inputs::<T, N>::new(x, &wide);
-    let per_task = tasks_of(weight.rows(), team);
-    let outputs = split_outputs::<T, N>(y, per_task);
-    team.run(outputs.len(), &|task| {
-        let mut outputs = outputs[task].lock().expect("each task is run once");
-        isa.run(Rows { weight, bias, inputs, from: task * per_task, outputs: &mut outputs });
-    });
+    weight: Matrix<'a, T>,
+    bias: Option<&'a [T]>,
+    per_task: usize,
+}
+
+impl<T: Element> Map<'_, T> {
+    /// What one group does in a task.
+    fn of<'a, const N: usize>(
+        &'a self,
+        x: &'a [T],
+        wide: &'a [f32],
+        y: &'a mut [T],
+    ) -> Box<dyn Fn(usize) + Sync + 'a> {
+        let &Self { isa, weight, bias, per_task } = self;
+        let inputs = Inputs::<T, N>::new(x, wide);
+        let outputs = split_outputs::<T, N>(y, per_task);
+        Box::new(move |task| {
+            let mut outputs = outputs[task].lock().expect("each task is run once");
+            isa.run(Rows { weight, bias, inputs, from: task * per_task, outputs: &mut outputs });
+        })
+    }
 }
 
 /// Rows `from..` of a weight against the inputs; inputs that are `f32` alone have an empty `own`.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use crate::{
     arch::{Isa, Kernel, Simd},
     element::Element,
+    groups::piece_of,
     products::Inputs,
     team::Team,
 };
@@ -68,8 +69,11 @@ const LEAST_PER_TASK: usize = 32;
 /// Tasks a thread, so that a thread that was held up leaves its share to others.
 const TASKS_PER_THREAD: usize = 8;
 
-/// How many of `outputs` rows of a weight one task computes.
-pub(crate) fn tasks_of(outputs: usize, team: &dyn Team) -> usize {
+/// How many of `outputs` rows of a weight, of so many bytes each, one task computes for this number of groups.
+pub(crate) fn tasks_of(outputs: usize, team: &dyn Team, groups: usize, row_bytes: usize) -> usize {
+    if groups > 1 {
+        return piece_of(row_bytes);
+    }
     let even = outputs.div_ceil(TASKS_PER_THREAD * team.threads());
     even.next_multiple_of(LEAST_PER_TASK).max(LEAST_PER_TASK)
 }

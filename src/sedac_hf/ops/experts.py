@@ -1,6 +1,6 @@
 """The cut experts of a layer: each token's experts run as FFNs of their own, cut to the token's level.
 
-Tokens are sorted by expert. One to four rows of an expert run by its compiled kernel where there is one, larger groups
+Tokens are sorted by expert. Few rows of an expert run by its compiled kernel where there is one, larger groups
 in strips, and experts with a formula of their own by masking, as far as the widest of their tokens. A unit's
 importance counts by the weight that the router gives to its expert.
 """

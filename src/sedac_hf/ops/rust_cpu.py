@@ -1,4 +1,4 @@
-"""The compiled kernel of a cut FFN on torch tensors, for one to four rows on a CPU.
+"""The compiled kernel of a cut FFN on torch tensors, for a few rows on a CPU.
 
 With few rows the time of an FFN is the time of reading its weights, so the kernel reads each weight that some row uses
 once, and no other. Results do not depend on the number of threads, nor a row's result on the other rows.
@@ -109,7 +109,7 @@ class CpuFFN:
         return self.run(x, self.whole_points[: x.shape[0]])[0]
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether a call with x [..., d] can be run: one to four rows, the weights' dtype, no gradient."""
+        """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient."""
         # A decode step asks this for each FFN: no device or shape objects are made.
         return (
             x.dtype is self.dtype

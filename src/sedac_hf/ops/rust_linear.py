@@ -1,4 +1,4 @@
-"""The compiled kernel of a linear map on torch tensors, for one to four rows on a CPU."""
+"""The compiled kernel of a linear map on torch tensors, for a few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CpuLinear:
         return self.run_accepted(x.contiguous(), kernel_threads())
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether `run_accepted` may be called with this input: one to four rows as they must lie."""
+        """Whether `run_accepted` may be called with this input: 1 to `MAX_ROWS` rows as they must lie."""
         return (
             x.dtype is self.dtype
             and x.size(-1) == self.inputs

@@ -1,4 +1,4 @@
-"""The compiled kernel of a probe on torch tensors, for one to four rows on a CPU."""
+"""The compiled kernel of a probe on torch tensors, for a few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CpuProbe:
         return compiled.available() and dtype in DTYPES and plain
 
     def accepts(self, hidden: Tensor) -> bool:
-        """Whether the kernel can run this input [..., d]: one to four rows, contiguous, of its dtype."""
+        """Whether the kernel can run this input [..., d]: 1 to `MAX_ROWS` rows, contiguous, of its dtype."""
         return (
             hidden.dtype is self.dtype
             and hidden.size(-1) == self.hidden_size

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
-use sedac_kernels::{linear, read, read_rows, Isa, Matrix, Serial, Team};
+use sedac_kernels::{linear, read, read_rows, Isa, Matrix, Serial, Team, MAX_ROWS};
 
 use crate::{
     numbers::{Float, Random, Strided},
@@ -45,7 +45,7 @@ impl<T: Float> Case<T> {
 
 fn spec() -> impl Strategy<Value = Spec> {
     let gap = prop_oneof![Just(0_usize), 1_usize..40];
-    (0_usize..200, 0_usize..300, gap, any::<bool>(), 1_usize..=4, any::<u64>())
+    (0_usize..200, 0_usize..300, gap, any::<bool>(), 1..=MAX_ROWS, any::<u64>())
         .prop_map(|(outputs, inputs, gap, bias, rows, seed)| Spec { outputs, inputs, gap, bias, rows, seed })
 }
 

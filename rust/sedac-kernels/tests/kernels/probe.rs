@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use sedac_kernels::{risks, Error, Isa, Matrix, Probe};
+use sedac_kernels::{risks, Error, Isa, Matrix, Probe, MAX_ROWS};
 
 use crate::numbers::{Float, Random};
 
@@ -143,6 +143,6 @@ fn sizes_that_do_not_fit_are_refused() {
     assert!(matches!(run(&short, 6, 1), Err(Error::Size { what: "out", .. })));
     assert!(matches!(run(&probe, 7, 1), Err(Error::Size { what: "x", .. })));
     assert_eq!(run(&probe, 0, 0), Err(Error::Rows { got: 0 }));
-    assert_eq!(run(&probe, 30, 5), Err(Error::Rows { got: 5 }));
-    assert_eq!(run(&probe, 24, 4), Ok(()));
+    assert_eq!(run(&probe, 6 * (MAX_ROWS + 1), MAX_ROWS + 1), Err(Error::Rows { got: MAX_ROWS + 1 }));
+    assert_eq!(run(&probe, 6 * MAX_ROWS, MAX_ROWS), Ok(()));
 }

@@ -1,7 +1,7 @@
 //! What proptest draws and shrinks: a small description of an FFN and a call, from whose seed the numbers follow.
 
 use proptest::prelude::*;
-use sedac_kernels::Activation;
+use sedac_kernels::{Activation, MAX_ROWS};
 
 /// How a row chooses.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +80,8 @@ pub(crate) fn spec() -> impl Strategy<Value = Spec> {
     let activation = (0..Activation::ALL.len()).prop_map(|i| Activation::ALL[i].1);
     let gap = || prop_oneof![2 => Just(0_usize), 1 => 1_usize..40];
     let weights = (size, any::<bool>(), any::<[bool; 4]>(), any::<bool>(), (gap(), gap(), gap()), activation);
-    let rows = prop::collection::vec(row(), 1..=4);
+    let rows =
+        prop_oneof![2 => 1..=4_usize, 1 => 5..=MAX_ROWS].prop_flat_map(|n| prop::collection::vec(row(), n));
     (weights, prop::bool::weighted(0.8), rows, any::<u64>()).prop_map(|(weights, shadow, mut rows, seed)| {
         let ((units, hidden_size), gated, biases, down_by_columns, gaps, activation) = weights;
         if !shadow {
@@ -93,7 +94,7 @@ pub(crate) fn spec() -> impl Strategy<Value = Spec> {
     })
 }
 
-/// FFNs so large that the sum of the parts is shared out too.
+/// FFNs so large that the sum of the parts is shared out, and that groups of rows take turns within a block.
 pub(crate) fn large() -> [Spec; 2] {
     let row = |width, choice| Row { width, choice, input: Input::Ordinary };
     [true, false].map(|down_by_columns| Spec {
@@ -110,6 +111,8 @@ pub(crate) fn large() -> [Spec; 2] {
             row(0.3, Choice::All),
             row(1.0, Choice::All),
             row(0.77, Choice::Quantile(0.4)),
+            row(0.5, Choice::All),
+            row(1.0, Choice::Quantile(0.1)),
         ],
         seed: 4,
     })
