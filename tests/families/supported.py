@@ -59,7 +59,7 @@ def _for_kernels(activation: Any) -> bool:
 def _whole(model: nn.Module, sites: tuple[FFNSite, ...]) -> str:
     """What of the decoder's FFNs no site covers; "" where all are covered."""
     covered = {id(linear.weight) for site in sites for linear in site.linears}
-    covered |= {id(p) for site in sites if site.experts for p in (site.experts.first, site.experts.down)}
+    covered |= {id(p) for site in sites if site.experts for p in site.experts.parameters}
     covered |= {id(parameter.value) for site in sites for parameter in site.beside}
     left = [p for name, p in model.named_parameters() if is_ffn_weight(name, p) and id(p) not in covered]
     return ", ".join(sorted({"experts" if p.dim() == 3 else "other FFNs" for p in left}))

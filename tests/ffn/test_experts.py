@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from sedac_hf.errors import ConfigError, UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
-from sedac_hf.ffn.experts import Experts, as_experts
+from sedac_hf.ffn.experts import Experts
+from sedac_hf.ffn.finding_experts import as_experts
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
 from sedac_hf.ffn.sites import FFNSite, find_sites
 from sedac_hf.ops.contract import OperatingPoint, SiteCut
@@ -18,8 +19,9 @@ from sedac_hf.ops.experts import cut_experts, grouped
 from sedac_hf.ops.level_plan import LevelPlan
 from tests.families import build
 
-# Halves side by side; interleaved, transposed, biased and clamped; without a gate; transposed.
-TYPES = ["mixtral", "gpt_oss", "nemotron_h", "aria_text"]
+# Halves side by side; interleaved, transposed, biased and clamped; without a gate; transposed. Then with a forward of
+# their own: one expert below the other; weighted before the call; with the router inside.
+TYPES = ["mixtral", "gpt_oss", "nemotron_h", "aria_text", "dbrx", "llama4_text", "jetmoe"]
 
 
 def expert_site(model_type: str) -> tuple[PreTrainedModel, FFNSite, Experts]:
@@ -56,7 +58,8 @@ def recorded(cut_points: list[OperatingPoint], levels: list[int], importance=Non
 def test_whole_experts_are_what_the_module_gives(model_type):
     model, site, experts = expert_site(model_type)
     x, index, weights = routing(experts)
-    torch.testing.assert_close(cut_experts(x, index, weights, experts, None), site.owner(x, index, weights))
+    given = experts.reading.arguments(experts.count, x, index, weights)
+    torch.testing.assert_close(experts.output(given, None), site.owner(*given))
     assert (experts.activation is None) == (model_type == "gpt_oss"), "its gate is clamped, its up shifted"
     assert experts.top_k == 2
     assert model.config.num_hidden_layers >= 2
@@ -99,14 +102,15 @@ def test_an_order_keeps_the_function_and_is_undone_bit_for_bit(model_type):
     _, site, experts = expert_site(model_type)
     before = {name: p.clone() for name, p in site.owner.named_parameters()}
     x, index, weights = routing(experts)
-    expected = site.owner(x, index, weights)
+    given = experts.reading.arguments(experts.count, x, index, weights)
+    expected = site.owner(*given)
     order = torch.stack([torch.randperm(experts.intermediate_size) for _ in range(experts.count)])
     hidden = [experts.hidden(e, x) for e in range(experts.count)]
     apply_order(site, order)
-    assert not torch.equal(experts.down, before["down_proj"])
+    assert not torch.equal(experts.down, before[experts.down_name])
     for e in range(experts.count):
         torch.testing.assert_close(experts.hidden(e, x), hidden[e][:, order[e]])
-    torch.testing.assert_close(site.owner(x, index, weights), expected)
+    torch.testing.assert_close(site.owner(*given), expected)
     undo_order(site, order)
     assert all(torch.equal(p, before[name]) for name, p in site.owner.named_parameters())
 
@@ -125,11 +129,11 @@ def test_units_become_runs_of_memory_and_come_back(model_type):
     _, site, experts = expert_site(model_type)
     before = {name: (p.clone(), p.stride(), p.data_ptr()) for name, p in site.owner.named_parameters()}
     changed = lay_out_by_units(site)
-    assert changed == (site.owner,)
-    down = experts.down if not experts.transposed else experts.down.transpose(1, 2)
-    first = experts.first if not experts.transposed else experts.first.transpose(1, 2)
-    assert down.stride(1) == 1, "a column of down is one run"
-    assert first.stride(2) == 1, "a row of gate and up is one run"
+    assert set(changed) == {holder for holder, _ in experts.spread_out}
+    assert bool(changed) == (model_type != "dbrx"), "one below the other they lie so already"
+    assert experts.down_of(0).stride(0) == 1, "a column of down is one run"
+    for name in experts.first_names:
+        assert experts._first(0, name, slice(None))[0].stride(1) == 1, "a row of gate and up is one run"
     assert all(torch.equal(p, before[name][0]) for name, p in site.owner.named_parameters())
     lay_out_as_usual(changed)
     for name, p in site.owner.named_parameters():
@@ -161,7 +165,7 @@ def test_gradients_reach_weights_routing_and_input():
     f = experts.intermediate_size
     cut, _ = recorded([OperatingPoint(0), OperatingPoint(f // 2), OperatingPoint(f)], [1, 2] * 4 + [0])
     cut_experts(x, index, weights, experts, cut).sum().backward()
-    grads = [experts.first.grad, experts.down.grad, x.grad, weights.grad]
+    grads = [x.grad, weights.grad, *(p.grad for p in experts.parameters)]
     assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads)
 
 

@@ -12,7 +12,7 @@ from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.linears import original_forward
 from sedac_hf.ffn.site import FFNSite
 from sedac_hf.ops.contract import DecodeKernel, SiteCut
-from sedac_hf.ops.experts import ExpertKernels, cut_experts
+from sedac_hf.ops.experts import ExpertKernels
 from sedac_hf.ops.rust_cpu import CpuFFN
 
 
@@ -26,7 +26,7 @@ class Call(Protocol):
 
 
 class ExpertsOwner:
-    """Forward of a layer's experts: ``(x [n, d], index [n, k], weights [n, k]) -> [n, d]``."""
+    """Forward of a layer's experts, called as their `sedac_hf.ffn.expert_routing.Reading` says."""
 
     def __init__(self, call: Call, experts: Experts, kernels: Callable[[], ExpertKernels | None] | None) -> None:
         self.call = call
@@ -35,22 +35,23 @@ class ExpertsOwner:
         self.original = original_forward(call.site.owner)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cut = self.call.cut()
+        cut, experts = self.call.cut(), self.experts
+        given = None if cut is None else experts.given(args, kwargs)
+        if cut is None or given is None:
+            return self.original(*args, **kwargs)
+        x, down = given[0], experts.down
+        # Weights that are offloaded since are real inside the forward of the module that holds them.
+        if down.is_meta or x.dtype != down.dtype or torch.is_autocast_enabled(x.device.type):
+            return self.original(*args, **kwargs)
+        n = experts.tokens(given)
+        if n != cut.plan.n_tokens:
+            cut = self.call.uneven(n)
         if cut is None:
             return self.original(*args, **kwargs)
-        routing = self.experts.routing(args, kwargs)
-        if routing is None:
-            return self.original(*args, **kwargs)
-        x, index, weights = routing
-        if x.dtype != self.experts.down.dtype or torch.is_autocast_enabled(x.device.type):
-            return self.original(*args, **kwargs)
-        if x.shape[0] != cut.plan.n_tokens:
-            cut = self.call.uneven(x.shape[0])
-        if cut is None:
-            return self.original(*args, **kwargs)
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.experts.down.requires_grad)
+        learns = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
         kernels = None if self.kernels is None or learns else self.kernels()
-        return cut_experts(x, index, weights, self.experts, cut, kernels)
+        y = experts.output(given, cut, kernels)
+        return self.original(*args, **kwargs) if y is None else y
 
 
 class LayerKernels:

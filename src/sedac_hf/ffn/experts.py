@@ -1,8 +1,6 @@
-"""The experts of a mixture-of-experts layer: many FFNs in a few 3-D parameters, of which a token uses some.
+"""The experts of a mixture-of-experts layer: many FFNs in a few stacked parameters, of which a token uses some.
 
-Found by what transformers' experts interface lays down (names of parameters, flags, the call ``(x, index, weights)``),
-flags that are missing being read off the shapes, and checked on numbers: where a module's forward is something else,
-it is no FFN of ours and runs whole.
+Which modules hold such, `sedac_hf.ffn.finding_experts` says.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,51 +16,50 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.linears import close, norms
-from sedac_hf.ffn.verify import activations_of, applied
+from sedac_hf.ffn.expert_routing import Reading, Routing
+from sedac_hf.ffn.linears import norms
 from sedac_hf.ops.activations import Activation
-from sedac_hf.ops.contract import FFNWeights, is_ordinary
-from sedac_hf.ops.experts import cut_experts
-
-_FLAGS = {"is_concatenated": True, "has_bias": False, "has_post_expert_norm": False}
-_ROUTED = ("top_k", "num_experts_per_tok", "num_selected_experts")
-_TRIED = 3  # rows, and experts
+from sedac_hf.ops.contract import FFNWeights, SiteCut
+from sedac_hf.ops.experts import ExpertKernels, cut_experts
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
     """Views of all experts of one layer, live; each is an FFN of ``intermediate_size`` units.
 
-    count: experts; top_k: of them, those that a token uses; gated: ``first`` holds gate and up; transposed: weights
-    lie [in, out]; interleaved: gate and up rows take turns; activation: where ``h = act(gate x) * up x`` (or
-    ``act(up x)``) was seen on numbers, else None; identity: further experts, without weights, give x itself.
+    first_names: paths of the parameters of gate and up, of both in one, or of up alone, [E, units, d] each; down_name:
+    that of down, [E, d, f]; 2-D parameters hold one expert below the other. first_transposed, down_transposed: these
+    lie the other way round. count: experts; top_k: of them, those that a token uses; gated: there is a gate;
+    interleaved: gate and up rows take turns; reading: how the module is called; act: its activation, where it has no
+    formula of its own; activation: where ``h = act(gate x) * up x`` (or ``act(up x)``) was seen on numbers, else None;
+    identity: further experts, without weights, give x itself.
     """
 
     module: nn.Module
+    first_names: tuple[str, ...]
+    down_name: str
+    reading: Reading
     count: int
     top_k: int
     hidden_size: int
     intermediate_size: int
     gated: bool
-    transposed: bool
-    interleaved: bool
-    biased: bool
+    first_transposed: bool
+    down_transposed: bool
+    interleaved: bool = False
+    biased: bool = False
+    act: Activation | None = None
     activation: Activation | None = None
     identity: bool = False
 
     @property
-    def first_name(self) -> str:
-        return "gate_up_proj" if self.gated else "up_proj"
-
-    @property
-    def first(self) -> nn.Parameter:
-        """Gate and up of all experts, [E, 2f, d], or up alone, [E, f, d] (transposed: the other way round)."""
-        return cast(nn.Parameter, getattr(self.module, self.first_name))
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The live parameters of all experts, down last."""
+        return tuple(parameter_at(self.module, name) for name in (*self.first_names, self.down_name))
 
     @property
     def down(self) -> nn.Parameter:
-        """[E, d, f] (transposed: [E, f, d])."""
-        return cast(nn.Parameter, self.module.down_proj)
+        return parameter_at(self.module, self.down_name)
 
     @property
     def matrices(self) -> int:
@@ -71,38 +68,61 @@ class Experts:
     @property
     def readable(self) -> bool:
         """Whether the weights are in memory here."""
-        return not any(p.is_meta for p in (self.first, self.down)) and not hasattr(self.module, "_hf_hook")
+        hooked = any(hasattr(module, "_hf_hook") for module in (self.module, *self.module.children()))
+        return not hooked and not any(p.is_meta for p in self.parameters)
+
+    @property
+    def spread_out(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """The parameters in which a unit's numbers are not side by side, each with the module that holds it."""
+        found = [
+            *(self.first_names if self.first_transposed else ()),
+            *(() if self.down_transposed else [self.down_name]),
+        ]
+        return [(_holder(self.module, name), parameter_at(self.module, name)) for name in found]
+
+    def _of(self, name: str, expert: int) -> Tensor:
+        """One expert's matrix as it is kept; a view."""
+        stack = parameter_at(self.module, name)
+        return (stack if stack.dim() == 3 else stack.unflatten(0, (self.count, -1)))[expert]
 
     def _bias(self, name: str, expert: int) -> Tensor | None:
         return cast(Tensor, getattr(self.module, f"{name}_bias"))[expert] if self.biased else None
 
+    def _first(self, expert: int, name: str, units: slice) -> tuple[Tensor, Tensor | None]:
+        """Rows of gate or up, [.., d], and their bias."""
+        rows, bias = self._of(name, expert), self._bias(name, expert)
+        rows = rows.T if self.first_transposed else rows
+        return rows[units], None if bias is None else bias[units]
+
     def hidden(self, expert: int, x: Tensor, units: int | None = None) -> Tensor:
         """The first ``units`` hidden units (all of them by default) of an expert for x [m, d] -> [m, units]."""
-        f = self.intermediate_size
+        f, names = self.intermediate_size, self.first_names
         k = f if units is None else units
-        rows, bias = self.first[expert], self._bias(self.first_name, expert)
-        rows = rows.T if self.transposed else rows
-        if k == f or not self.gated or self.interleaved:
-            end = 2 * k if self.gated else k
-            z = functional.linear(x, rows[:end], None if bias is None else bias[:end])
+        if len(names) > 1 or not self.gated:
+            parts = [(name, slice(0, k)) for name in names]
+        elif k == f or self.interleaved:
+            parts = [(names[0], slice(0, 2 * k))]
         else:
-            parts = [slice(0, k), slice(f, f + k)]
-            z = torch.cat([functional.linear(x, rows[p], None if bias is None else bias[p]) for p in parts], dim=-1)
-        module: Any = self.module
+            parts = [(names[0], slice(0, k)), (names[0], slice(f, f + k))]
+        z = [functional.linear(x, *self._first(expert, name, units)) for name, units in parts]
+        values = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
+        own: Any = getattr(self.module, "_apply_gate", None) if self.gated else None
+        if own is not None:
+            return cast(Tensor, own(values))
+        assert self.act is not None
         if not self.gated:
-            return cast(Tensor, module.act_fn(z))
-        if hasattr(module, "_apply_gate"):
-            return cast(Tensor, module._apply_gate(z))
-        gate, up = z.chunk(2, dim=-1)
-        return cast(Tensor, module.act_fn(gate) * up)
+            return self.act(values)
+        gate, up = values.chunk(2, dim=-1)
+        return self.act(gate) * up
 
     def project(self, expert: int, h: Tensor) -> Tensor:
         """Down of an expert for its first units h [m, k] -> [m, d], bias added."""
-        return functional.linear(h, self.down_of(expert)[:, : h.shape[-1]], self._bias("down_proj", expert))
+        return functional.linear(h, self.down_of(expert)[:, : h.shape[-1]], self._bias(self.down_name, expert))
 
     def down_of(self, expert: int) -> Tensor:
         """Down of an expert, [d, f]; a view."""
-        return self.down[expert].T if self.transposed else self.down[expert]
+        down = self._of(self.down_name, expert)
+        return down.T if self.down_transposed else down
 
     def down_norms(self) -> Tensor:
         """float32 [E, f]: the Euclidean norm of each unit's column of down."""
@@ -110,16 +130,34 @@ class Experts:
 
     @functools.cached_property
     def _argument_names(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(type(self.module).forward).parameters)[1:4]
+        return argument_names(self.module)[: self.reading.takes]
 
-    def routing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(x [n, d], index [n, k], weights [n, k]) of a call of the module; None for a call of another kind."""
-        names = self._argument_names
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, index, weights = (given.get(name) for name in names)
-        if len(args) + len(kwargs) != 3 or not isinstance(x, Tensor) or x.dim() != 2:
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+        """The arguments of a call of the module, in order, hidden states first; None for a call of another kind."""
+        values = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        found = tuple(values.get(name) for name in self._argument_names)
+        if len(args) + len(kwargs) != len(found) or not all(isinstance(value, Tensor) for value in found):
             return None
-        return (x, index, weights) if isinstance(index, Tensor) and isinstance(weights, Tensor) else None
+        return cast("tuple[Tensor, ...]", found) if cast(Tensor, found[0]).dim() == self.reading.rank else None
+
+    def routing(self, given: tuple[Tensor, ...]) -> Routing | None:
+        """What a call asks of which expert; None where its arguments do not fit each other."""
+        return self.reading.routing(self.module, self.count, *given)
+
+    def tokens(self, given: tuple[Tensor, ...]) -> int:
+        """How many tokens a call has."""
+        return self.reading.tokens(self.count, given[0])
+
+    def output(
+        self, given: tuple[Tensor, ...], cut: SiteCut | None, kernels: ExpertKernels | None = None
+    ) -> Tensor | None:
+        """The module's output for a call, cut (None: whole); None where `routing` gives none."""
+        routing = self.routing(given)
+        if routing is None:
+            return None
+        x, index, weights, copies, added = routing
+        y = cut_experts(x, index, weights, self, cut, kernels, copies=copies)
+        return (y if added is None else y + added).view(given[0].shape)
 
     def weights(self, expert: int) -> FFNWeights:
         """One expert as an FFN.
@@ -129,112 +167,40 @@ class Experts:
         """
         if self.activation is None:
             raise UnsupportedModelError(f"the experts of {type(self.module).__name__} compute another formula")
-        f = self.intermediate_size
-        rows, bias = self.first[expert], self._bias(self.first_name, expert)
-        rows = rows.T if self.transposed else rows
-        gate: Tensor | None = None
-        gate_bias: Tensor | None = None
-        up, up_bias = rows, bias
-        if self.gated:
-            gates, ups = (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(0, f), slice(f, 2 * f))
-            gate, up = rows[gates], rows[ups]
-            gate_bias, up_bias = (None, None) if bias is None else (bias[gates], bias[ups])
-        return FFNWeights(
-            gate, up, self.down_of(expert), gate_bias, up_bias, self._bias("down_proj", expert), self.activation
-        )
+        f, names, all_units = self.intermediate_size, self.first_names, slice(None)
+        gate: tuple[Tensor | None, Tensor | None] = None, None
+        if len(names) > 1:
+            gate, up = (self._first(expert, name, all_units) for name in names)
+        elif not self.gated:
+            up = self._first(expert, names[0], all_units)
+        else:
+            of_gate, of_up = (
+                (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(f), slice(f, 2 * f))
+            )
+            gate, up = self._first(expert, names[0], of_gate), self._first(expert, names[0], of_up)
+        down, bias = self.down_of(expert), self._bias(self.down_name, expert)
+        return FFNWeights(gate[0], up[0], down, gate[1], up[1], bias, self.activation)
 
     def unit_tensors(self, expert: int) -> list[tuple[Tensor, int, int]]:
         """(tensor, dimension of the units, entries per unit there: 1, or 2 side by side, or -2 in two halves) of all
         that has an entry per unit of an expert."""
-        per_unit = 1 if not self.gated else 2 if self.interleaved else -2
-        found = [
-            (self.first[expert], int(self.transposed), per_unit),
-            (self.down[expert], int(not self.transposed), 1),
-        ]
-        bias = self._bias(self.first_name, expert)
-        return found if bias is None else [*found, (bias, 0, per_unit)]
+        per_unit = 1 if len(self.first_names) > 1 or not self.gated else 2 if self.interleaved else -2
+        found = [(self._of(self.down_name, expert), int(not self.down_transposed), 1)]
+        for name in self.first_names:
+            found.append((self._of(name, expert), int(self.first_transposed), per_unit))
+            bias = self._bias(name, expert)
+            found += [] if bias is None else [(bias, 0, per_unit)]
+        return found
 
 
-def as_experts(module: nn.Module, parent: nn.Module | None) -> Experts | None:
-    """The experts that a module holds; None where it holds none that can be cut.
-
-    parent: the block around it, which knows how many of them a token uses.
-    """
-    gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-    first, down = getattr(module, "gate_up_proj" if gated else "up_proj", None), getattr(module, "down_proj", None)
-    if not all(isinstance(p, nn.Parameter) and p.dim() == 3 and is_ordinary(p) for p in (first, down)):
-        return None
-    assert isinstance(first, nn.Parameter)
-    assert isinstance(down, nn.Parameter)
-    if not down.dtype.is_floating_point or down.dtype.itemsize < 2 or getattr(module, "_is_expert_parallel", False):
-        return None
-    flags = {name: getattr(module, name, default) for name, default in _FLAGS.items()}
-    flags["is_transposed"] = getattr(module, "is_transposed", first.shape[2] != down.shape[1])
-    if flags["has_post_expert_norm"]:
-        return None
-    transposed = bool(flags["is_transposed"])
-    count, d, f = down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
-    if tuple(first.shape[1:]) != ((d, (1 + gated) * f) if transposed else ((1 + gated) * f, d)):
-        return None
-    if first.shape[0] < count:
-        return None
-    experts = Experts(
-        module=module,
-        count=count,
-        top_k=_top_k(parent, count),
-        hidden_size=d,
-        intermediate_size=f,
-        gated=gated,
-        transposed=transposed,
-        interleaved=gated and not flags["is_concatenated"],
-        biased=bool(flags["has_bias"]),
-        identity=first.shape[0] > count,
-    )
-    if not experts.readable:
-        return experts
-    return replace(experts, activation=_formula(experts)) if _as_said(experts) else None
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _top_k(parent: nn.Module | None, count: int) -> int:
-    """How many experts a token uses, as the block or its router says; all of them where neither does."""
-    for holder in () if parent is None else (parent, *parent.children()):
-        for name in _ROUTED:
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and 0 < value <= count:
-                return value
-    return count
+def parameter_at(module: nn.Module, path: str) -> nn.Parameter:
+    return cast(nn.Parameter, getattr(_holder(module, path), path.rpartition(".")[2]))
 
 
-def _as_said(experts: Experts) -> bool:
-    """Whether the module's own forward gives what its flags make of the weights."""
-    n, k = _TRIED, min(2, experts.count)
-    generator = torch.Generator().manual_seed(0)
-    like = experts.down
-    x = torch.randn(n, experts.hidden_size, generator=generator).to(like.device, like.dtype)
-    index = torch.stack([(torch.arange(k) - row) % experts.count for row in range(n)]).to(like.device)
-    if experts.identity:
-        index[0, 0] = experts.count
-    weights = torch.rand(n, k, generator=generator).to(like.device, like.dtype)
-    with torch.no_grad():
-        try:
-            got = experts.module(x, index, weights)
-        except Exception:  # a foreign module that was called out of its context may raise anything
-            return False
-        return close(got, cut_experts(x, index, weights, experts, None))
-
-
-def _formula(experts: Experts) -> Activation | None:
-    """The activation for which an expert's hidden units are ``act(gate x) * up x``, or ``act(up x)``."""
-    like = experts.down
-    x = torch.randn(_TRIED, experts.hidden_size, generator=torch.Generator().manual_seed(1)).to(
-        like.device, like.dtype
-    )
-    x = 4 * x  # clamps must show
-    with torch.no_grad():
-        wanted = experts.hidden(0, x)
-        for activation in activations_of(experts.module):
-            weights = replace(experts, activation=activation).weights(0)
-            deciding = (weights.up, weights.up_bias) if weights.gate is None else (weights.gate, weights.gate_bias)
-            if applied(activation, functional.linear(x, *deciding)) is not None and close(weights.hidden(x), wanted):
-                return activation
-    return None
+def _holder(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path.rpartition(".")[0])

@@ -24,12 +24,15 @@ def lay_out_by_units(site: FFNSite, device_types: Collection[str] = ("cpu",)) ->
     those on which kernels read single units.
     """
     if site.experts is not None:
-        experts = site.experts
-        weight = experts.first if experts.transposed else experts.down
-        if not experts.readable or weight.device.type not in device_types or not weight.is_contiguous():
+        spread_out = site.experts.spread_out
+        if not site.experts.readable or any(
+            weight.dim() != 3 or weight.device.type not in device_types or not weight.is_contiguous()
+            for _, weight in spread_out
+        ):
             return ()
-        _transpose_in_memory(weight)
-        return (site.owner,)
+        for _, weight in spread_out:
+            _transpose_in_memory(weight)
+        return tuple({id(holder): holder for holder, _ in spread_out}.values())
     for linear in site.linears:
         if not (is_plain(linear) and is_readable(linear) and weight_of(linear).device.type in device_types):
             return ()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
-from sedac_hf.ffn.experts import as_experts
+from sedac_hf.ffn.finding_experts import as_experts
 from sedac_hf.ffn.linears import linear_shape
 from sedac_hf.ffn.matching import layer_sites
 from sedac_hf.ffn.registry import apart_from, registered_sites
@@ -91,7 +91,7 @@ def _with_origins(sites: list[FFNSite]) -> tuple[FFNSite, ...]:
 
 def _weights_of(site: FFNSite) -> list[int]:
     if site.experts is not None:
-        return [id(site.experts.first), id(site.experts.down)]
+        return [id(parameter) for parameter in site.experts.parameters]
     weights = [getattr(linear, "weight", None) for linear in site.linears]
     return [
         id(weight if isinstance(weight, Tensor) else linear)

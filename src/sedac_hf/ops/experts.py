@@ -48,7 +48,8 @@ class ExpertMath(Protocol):
 class Group:
     """The rows of a call that use one expert.
 
-    pairs: places in the flattened [n, k] routing, int64 [m]; rows: tokens, int64 [m]; tokens: the same on the host.
+    pairs: places in the flattened [n, k] routing, int64 [m]; rows: of the call, int64 [m]; tokens: whose they are, on
+    the host.
     """
 
     expert: int
@@ -57,16 +58,17 @@ class Group:
     tokens: np.ndarray
 
 
-def grouped(index: Tensor, count: int) -> tuple[Tensor, list[Group]]:
+def grouped(index: Tensor, count: int, copies: int = 1) -> tuple[Tensor, list[Group]]:
     """The routing index [n, k] as groups by expert, and the order of the pairs that they are a cut of.
 
-    Entries of ``count`` and above are nobody's and come last in the order.
+    Entries of ``count`` and above are nobody's and come last in the order. copies: rows of each token, see
+    `cut_experts`.
     """
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
     ends = torch.searchsorted(flat[order], torch.arange(count, device=flat.device), right=True).tolist()
     rows = order // max(index.shape[1], 1)
-    tokens = rows.cpu().numpy()
+    tokens = rows.cpu().numpy() % max(index.shape[0] // copies, 1)
     groups = []
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if start < end:
@@ -81,6 +83,8 @@ def cut_experts(
     experts: ExpertMath,
     cut: SiteCut | None,
     kernels: ExpertKernels | None = None,
+    *,
+    copies: int = 1,
 ) -> Tensor:
     """The weighted sum of each token's experts, cut to its level.
 
@@ -92,11 +96,13 @@ def cut_experts(
         cut: ``importance`` is asked as ``importance(x, expert, h)`` for the rows of one expert, h being None where it
             is not known yet; None: everything whole.
         kernels: the compiled kernel of an expert, or None.
+        copies: rows that each token of the cut has, all tokens in turn; their sum is the token's output, and the
+            caller's to make.
 
     Returns:
         [n, d] in x's dtype.
     """
-    order, groups = grouped(index, experts.count)
+    order, groups = grouped(index, experts.count, copies)
     routed = weights.reshape(-1)
     call = _Call(experts, cut, kernels)
     parts = [call.group(group, x[group.rows], routed[group.pairs]) for group in groups]
@@ -113,10 +119,13 @@ def cut_experts(
     if cut is None:
         return y
     cut.record(
-        engine="experts", tokens=x.shape[0], needed=call.needed, read=call.read, computed=call.computed,
+        engine="experts", tokens=x.shape[0] // copies, needed=call.needed, read=call.read, computed=call.computed,
         whole_read=len(groups) * experts.intermediate_size,
     )  # fmt: skip
-    return add_level_bias(y, cut)
+    if copies == 1:
+        return add_level_bias(y, cut)
+    first, others = y.split([x.shape[0] // copies, x.shape[0] - x.shape[0] // copies])
+    return torch.cat((add_level_bias(first, cut), others))
 
 
 class _Call:

@@ -160,11 +160,12 @@ def _show_experts(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    routing = experts.routing(args, kwargs)
-    if routing is None:
-        return
-    x, index, weights = (part.detach() for part in routing)
+    given = experts.given(args, kwargs)
     with torch.no_grad():
+        routing = None if given is None else experts.routing(given)
+        if routing is None:
+            return
+        x, index, weights = (part.detach() for part in routing[:3])
         for group in grouped(index, experts.count)[1]:
             rows = x[group.rows]
             show(i, group.expert, rows, experts.hidden(group.expert, rows), weights.reshape(-1)[group.pairs])

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import SiteCut
-from sedac_hf.ops.experts import cut_experts
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
@@ -167,12 +166,9 @@ class GenerationPlanner:
             kernel=kernel,
         )
         if site.experts is not None:
-            routing = _routing(rows, site.experts.top_k, site.experts.count, x)
-            kernels = runtime.weights.expert_kernels(i)
-            return (
-                functools.partial(site.owner, x, *routing),
-                functools.partial(cut_experts, x, *routing, site.experts, cut, kernels),
-            )
+            experts, kernels = site.experts, runtime.weights.expert_kernels(i)
+            given = experts.reading.arguments(experts.count, x, *_routing(rows, experts.top_k, experts.count, x))
+            return functools.partial(site.owner, *given), functools.partial(experts.output, given, cut, kernels)
         whole: Call = functools.partial(site.owner, x)
         if isinstance(kernel, CpuFFN) and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
             whole = functools.partial(kernel.whole, x)

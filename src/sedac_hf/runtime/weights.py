@@ -207,7 +207,7 @@ class PreparedWeights:
         experts, shadow = self.sites[site].experts, self.shadows[site]
         if experts is None or experts.activation is None or not self.uses_kernels or not experts.readable:
             return None
-        places = tuple(_memory(p) for p in (experts.first, experts.down))
+        places = tuple(_memory(p) for p in experts.parameters)
         known = self._of_experts.get(site)
         if known is None or known.places != places or known.shadow is not shadow:
             known = self._of_experts[site] = LayerKernels(experts, shadow, places)
