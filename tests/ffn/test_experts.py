@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sedac_hf.errors import ConfigError, UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, undo_order
+from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.finding_experts import as_experts
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
@@ -133,7 +137,7 @@ def test_units_become_runs_of_memory_and_come_back(model_type):
     assert bool(changed) == (model_type != "dbrx"), "one below the other they lie so already"
     assert experts.down_of(0).stride(0) == 1, "a column of down is one run"
     for name in experts.first_names:
-        assert experts._first(0, name, slice(None))[0].stride(1) == 1, "a row of gate and up is one run"
+        assert experts.first_of(0, name, slice(None))[0].stride(1) == 1, "a row of gate and up is one run"
     assert all(torch.equal(p, before[name][0]) for name, p in site.owner.named_parameters())
     lay_out_as_usual(changed)
     for name, p in site.owner.named_parameters():
@@ -141,6 +145,59 @@ def test_units_become_runs_of_memory_and_come_back(model_type):
         assert torch.equal(p, value)
         assert p.stride() == stride
         assert p.data_ptr() == address, "no second copy is made"
+
+
+@pytest.mark.parametrize("model_type", [*TYPES, "inkling_text"])
+@torch.no_grad()
+def test_a_cut_call_is_the_modules_own_forward_with_the_units_zeroed(model_type):
+    """Row by row: the levels reach the tokens that they are for, however the module is called."""
+    model, _ = build(model_type, **({"n_shared_experts": 2} if model_type == "inkling_text" else {}))
+    experts = next((site.experts for site in reversed(find_sites(model).sites) if site.experts), None)
+    if experts is None:
+        pytest.skip(f"{model_type} has experts of another kind in this version of transformers")
+    n, d, f = 9, experts.hidden_size, experts.intermediate_size
+    for name, parameter in experts.module.named_parameters(recurse=False):
+        if name == "bias":
+            parameter.normal_()
+    given = experts.reading.arguments(experts.count, *routing(experts, n))
+    points = [OperatingPoint(0), OperatingPoint(8), OperatingPoint(f // 2), OperatingPoint(f)]
+    levels = [0, 1, 2, 3, 1, 2, 3, 2, 1]
+    bias = torch.randn(4, d)
+    bias[3] = 0
+    cut, seen = recorded(points, levels)
+    cut = replace(cut, compensation=LevelCompensation(bias, {}, 3))
+    got = experts.output(given, cut)
+    assert got is not None
+    assert got.shape == given[0].shape
+    by_level = []
+    for point in points:
+        narrow = copy.deepcopy(experts)
+        for expert in range(experts.count):
+            narrow.down_of(expert)[:, point.width :] = 0
+        by_level.append(narrow.module(*given).reshape(-1, n, d).sum(0))
+    expected = torch.stack([by_level[level][token] + bias[level] for token, level in enumerate(levels)])
+    torch.testing.assert_close(got.reshape(-1, n, d).sum(0), expected, rtol=1e-4, atol=1e-4)
+    used = 2 if model_type != "inkling_text" else experts.count
+    assert experts.top_k == used
+    assert int(seen[0]["needed"]) == used * sum(points[level].width for level in levels)
+    assert seen[0]["tokens"] == n
+
+
+@torch.no_grad()
+def test_what_hides_itself_at_first_is_no_site():
+    """A router's scale of ones, or a bias that is left out, would pass for none by the present numbers."""
+    model, _ = build("jetmoe")
+    mixture = model.model.layers[0].mlp
+    assert as_experts(mixture, None) is not None
+    usual = type(mixture).forward
+
+    class Scaled(type(mixture)):
+        def forward(self, layer_input):
+            return usual(self, layer_input) * self.scale
+
+    mixture.scale = nn.Parameter(torch.ones(mixture.input_size))
+    mixture.__class__ = Scaled
+    assert as_experts(mixture, None) is None
 
 
 def test_rows_of_no_expert_add_nothing():

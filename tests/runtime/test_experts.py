@@ -11,12 +11,13 @@ from transformers import AutoTokenizer
 from sedac_hf import SedacForCausalLM, demo_path
 from sedac_hf.evaluation import stdlib_documents
 from sedac_hf.ops.compiled import available
-from tests.families import build
+from tests.families import NOT_BUILT, build
 from tests.moe_demo import moe_of_demo
 from tests.policies import random_policy
 from tests.test_invariants import CUTS, nothing_left
 
-TYPES = ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"]
+OWN_FORWARD = [name for name in ("dbrx", "inkling_text", "llama4_text", "jetmoe") if name not in NOT_BUILT]
+TYPES = ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", *OWN_FORWARD]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "consistent": True}
 
 
@@ -97,14 +98,15 @@ def test_shares_count_the_experts_of_each_token():
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("model_type", ["mixtral", *OWN_FORWARD])
 @torch.no_grad()
-def test_a_policy_of_experts_is_saved_and_loaded(cut, tmp_path):
-    model, inputs = wrapped("mixtral", cut)
+def test_a_policy_of_experts_is_saved_and_loaded(model_type, cut, tmp_path):
+    model, inputs = wrapped(model_type, cut)
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path / "saved")
     again = SedacForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     torch.testing.assert_close(again(**inputs).logits, expected)
-    base, _ = build("mixtral")
+    base, _ = build(model_type)
     restored = again.unload().state_dict()
     assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
 

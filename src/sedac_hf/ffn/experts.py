@@ -88,7 +88,7 @@ class Experts:
     def _bias(self, name: str, expert: int) -> Tensor | None:
         return cast(Tensor, getattr(self.module, f"{name}_bias"))[expert] if self.biased else None
 
-    def _first(self, expert: int, name: str, units: slice) -> tuple[Tensor, Tensor | None]:
+    def first_of(self, expert: int, name: str, units: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of gate or up, [.., d], and their bias."""
         rows, bias = self._of(name, expert), self._bias(name, expert)
         rows = rows.T if self.first_transposed else rows
@@ -104,7 +104,7 @@ class Experts:
             parts = [(names[0], slice(0, 2 * k))]
         else:
             parts = [(names[0], slice(0, k)), (names[0], slice(f, f + k))]
-        z = [functional.linear(x, *self._first(expert, name, units)) for name, units in parts]
+        z = [functional.linear(x, *self.first_of(expert, name, units)) for name, units in parts]
         values = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
         own: Any = getattr(self.module, "_apply_gate", None) if self.gated else None
         if own is not None:
@@ -170,14 +170,14 @@ class Experts:
         f, names, all_units = self.intermediate_size, self.first_names, slice(None)
         gate: tuple[Tensor | None, Tensor | None] = None, None
         if len(names) > 1:
-            gate, up = (self._first(expert, name, all_units) for name in names)
+            gate, up = (self.first_of(expert, name, all_units) for name in names)
         elif not self.gated:
-            up = self._first(expert, names[0], all_units)
+            up = self.first_of(expert, names[0], all_units)
         else:
             of_gate, of_up = (
                 (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(f), slice(f, 2 * f))
             )
-            gate, up = self._first(expert, names[0], of_gate), self._first(expert, names[0], of_up)
+            gate, up = self.first_of(expert, names[0], of_gate), self.first_of(expert, names[0], of_up)
         down, bias = self.down_of(expert), self._bias(self.down_name, expert)
         return FFNWeights(gate[0], up[0], down, gate[1], up[1], bias, self.activation)
 
