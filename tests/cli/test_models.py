@@ -27,7 +27,7 @@ def test_all_types(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         ("mixtral", ["experts", "kernels", "yes"]),
         ("rwkv", ["plain", "linears", "no"]),
         ("bitnet", ["gated", "masking", "yes", "ffn_sub_norm.weight"]),
-        ("llama4_text", ["gated", "whole: experts"]),
+        ("blt", ["gated", "whole: other FFNs"]),
         ("mamba", ["refused", "no FFN"]),
         ("gemma3n", ["not tried", "timm"]),
     ],

@@ -13,7 +13,7 @@ KNOWN = read_list()
 # One or two of each sort: kinds, ways of cutting, left whole, refused, not built.
 SOME = (
     "llama", "phi3", "gpt2", "opt", "bert", "apertus", "rwkv", "bitnet", "gemma3n_text", "mixtral", "gpt_oss",
-    "llama4_text", "nemotron_h", "mamba", "dbrx", "gemma3n",
+    "llama4_text", "nemotron_h", "jetmoe", "inkling_text", "blt", "mamba", "dbrx", "gemma3n",
 )  # fmt: skip
 
 

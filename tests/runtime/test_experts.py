@@ -6,18 +6,19 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AutoTokenizer
 
 from sedac_hf import SedacForCausalLM, demo_path
 from sedac_hf.evaluation import stdlib_documents
 from sedac_hf.ops.compiled import available
-from tests.families import NOT_BUILT, build
+from tests.families import build
+from tests.ffn.test_experts import OWN_FORWARD, SHARED
 from tests.moe_demo import moe_of_demo
 from tests.policies import random_policy
 from tests.test_invariants import CUTS, nothing_left
 
-OWN_FORWARD = [name for name in ("dbrx", "inkling_text", "llama4_text", "jetmoe") if name not in NOT_BUILT]
-TYPES = ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", *OWN_FORWARD]
+TYPES = ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", *OWN_FORWARD, *SHARED]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "consistent": True}
 
 
@@ -98,7 +99,7 @@ def test_shares_count_the_experts_of_each_token():
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("model_type", ["mixtral", *OWN_FORWARD])
+@pytest.mark.parametrize("model_type", ["mixtral", *OWN_FORWARD, *SHARED])
 @torch.no_grad()
 def test_a_policy_of_experts_is_saved_and_loaded(model_type, cut, tmp_path):
     model, inputs = wrapped(model_type, cut)
@@ -109,6 +110,15 @@ def test_a_policy_of_experts_is_saved_and_loaded(model_type, cut, tmp_path):
     base, _ = build(model_type)
     restored = again.unload().state_dict()
     assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", *SHARED])
+@torch.no_grad()
+def test_experts_that_are_offloaded_under_a_policy_are_cut_as_before(model_type):
+    model, inputs = wrapped(model_type, "truncate")
+    expected = model(**inputs).logits
+    cpu_offload(model.model, torch.device("cpu"))
+    assert (model(**inputs).logits - expected).abs().mean() < 1e-4 * expected.std()
 
 
 @torch.no_grad()

@@ -40,8 +40,7 @@ class ExpertsOwner:
         if cut is None or given is None:
             return self.original(*args, **kwargs)
         x, down = given[0], experts.down
-        # Weights that are offloaded since are real inside the forward of the module that holds them.
-        if down.is_meta or x.dtype != down.dtype or torch.is_autocast_enabled(x.device.type):
+        if x.dtype != down.dtype or torch.is_autocast_enabled(x.device.type):
             return self.original(*args, **kwargs)
         n = experts.tokens(given)
         if n != cut.plan.n_tokens:
