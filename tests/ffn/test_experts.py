@@ -229,6 +229,25 @@ def test_gradients_reach_weights_routing_and_input():
     assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads)
 
 
+@pytest.mark.parametrize("model_type", [*OWN_FORWARD, *SHARED])
+def test_gradients_are_those_of_the_modules_own_forward(model_type):
+    _, site, experts = expert_site(model_type)
+    given = experts.reading.arguments(experts.count, *routing(experts))
+    parameters = list(site.owner.parameters())
+    expected = torch.autograd.grad(site.owner(*given).square().sum(), parameters)
+    got = experts.output(given, None)
+    assert got is not None
+    for gradient, wanted in zip(torch.autograd.grad(got.square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_module_that_only_counts_experts_is_no_site():
+    for count in (0, 1, 3):
+        module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+        module.num_experts = count
+        assert as_experts(module, None) is None
+
+
 def test_a_forward_that_is_not_what_the_flags_say_is_no_site():
     model, _ = build("mixtral")
     experts = model.model.layers[0].mlp.experts

@@ -112,6 +112,38 @@ def test_a_policy_of_experts_is_saved_and_loaded(model_type, cut, tmp_path):
     assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", *OWN_FORWARD, *SHARED])
+@torch.no_grad()
+def test_an_observer_is_shown_each_token_with_each_of_its_experts(model_type):
+    base, inputs = build(model_type)
+    runtime = SedacForCausalLM.from_base(base).runtime
+    sites = {i: site for i, site in enumerate(runtime.sites) if site.experts is not None}
+    rows: dict[int, int] = {}
+    got: dict[int, torch.Tensor] = {}
+    expected: dict[int, torch.Tensor] = {}
+
+    def on_expert(i: int, expert: int, x: torch.Tensor, h: torch.Tensor, weights: torch.Tensor) -> None:
+        y = sites[i].experts.project(expert, h) * weights[:, None]
+        got[i] = got.get(i, 0) + y.sum(0)
+        rows[i] = rows.get(i, 0) + len(x)
+
+    hooks = [
+        site.owner.register_forward_hook(
+            lambda _m, _a, y, i=i: expected.__setitem__(i, y.reshape(-1, y.shape[-1]).sum(0))
+        )
+        for i, site in sites.items()
+    ]
+    with runtime.observe(on_expert=on_expert):
+        base(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert rows == {i: site.experts.top_k * inputs["input_ids"].numel() for i, site in sites.items()}
+    for i, site in sites.items():
+        bias = getattr(site.owner, "bias", None)
+        added = 0 if bias is None else inputs["input_ids"].numel() * bias
+        torch.testing.assert_close(got[i] + added, expected[i], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", *SHARED])
 @torch.no_grad()
 def test_experts_that_are_offloaded_under_a_policy_are_cut_as_before(model_type):

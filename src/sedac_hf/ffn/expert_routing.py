@@ -6,7 +6,7 @@ Which of them a module has is tried on numbers, see `sedac_hf.ffn.finding_expert
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +119,9 @@ class OwnRouter(Routed):
 
     def routing(self, module: nn.Module, count: int, *given: Tensor) -> Routing | None:
         rows = given[0].reshape(-1, given[0].shape[-1])
-        holder: Any = module
-        order, _, weights, sizes, *_ = holder.get_submodule(self.router)(rows)
+        order, _, weights, sizes, *_ = module.get_submodule(self.router)(rows)
         back = order.argsort()
-        experts = torch.arange(count, device=order.device).repeat_interleave(torch.tensor(sizes, device=order.device))
+        experts = torch.arange(count, device=order.device).repeat_interleave(torch.as_tensor(sizes).to(order.device))
         shape = (rows.shape[0], -1)
         return Routing(rows, experts[back].view(shape), weights[back].view(shape), added=getattr(module, "bias", None))
 

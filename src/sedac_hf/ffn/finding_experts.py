@@ -52,8 +52,8 @@ def as_experts(module: nn.Module, parent: nn.Module | None) -> Experts | None:
 def _stacks(module: nn.Module) -> tuple[Stacks, list[Reading]]:
     """The parameters in which all experts may be, down last, and how the module may be called then."""
     direct: Stacks = {name: p for name, p in module.named_parameters(recurse=False) if _is_stack(p)}
-    takes = len(argument_names(module))
     if direct:
+        takes = len(argument_names(module))
         readings: list[Reading] = [Routed()] if takes > 2 else [AllUsed(rank=3)] if takes == 2 else [Weighted()]
         return dict(sorted(direct.items(), key=lambda item: item[0] == "down_proj")), readings
     linears: Stacks = {
@@ -62,10 +62,10 @@ def _stacks(module: nn.Module) -> tuple[Stacks, list[Reading]]:
         if (p := _only_weight(child)) is not None and _is_stack(p)
     }
     if linears:
-        routers = [name for name, _ in module.named_children() if f"{name}.weight" not in linears]
-        return linears, [OwnRouter(router=name) for name in routers] if takes == 1 else []
+        others = [name for name, _ in module.named_children() if f"{name}.weight" not in linears]
+        return linears, [OwnRouter(router=name) for name in others] if len(argument_names(module)) == 1 else []
     count = getattr(module, "num_experts", None)
-    if not isinstance(count, int) or takes != 3:
+    if not isinstance(count, int) or count < 2 or len(argument_names(module)) != 3:
         return {}, []
     flat: Stacks = {
         f"{name}.{inner}": p
