@@ -46,21 +46,6 @@ def test_greedy_generation_is_the_loop_of_forward_calls(model):
     assert torch.equal(model.generate(ids, **GREEDY), greedy_by_hand(model, ids, 8))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
-        {"use_cache": False},
-        {"prefill_chunk_size": 4},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_other_ways_of_greedy_decoding_give_the_same_ids(model, options):
-    ids = token_ids(1, 6)
-    assert torch.equal(model.generate(ids, **GREEDY, **options), greedy_by_hand(model, ids, 8))
-
-
 def test_assisted_generation_in_both_roles(model):
     ids = token_ids(1, 6)
     expected = greedy_by_hand(model, ids, 8)
@@ -68,18 +53,6 @@ def test_assisted_generation_in_both_roles(model):
     base = tiny_model("llama", seed=3)
     options = {key: value for key, value in GREEDY.items() if key != "consistent"}
     assert torch.equal(base.generate(ids, **options, assistant_model=model), base.generate(ids, **options))
-
-
-def test_sampling_is_reproducible_and_beams_run(model):
-    ids = token_ids(2, 6)
-    options = {**GREEDY, "do_sample": True, "top_k": 20}
-    drawn = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        drawn.append(model.generate(ids, **options))
-    assert torch.equal(*drawn)
-    beams = model.generate(ids, **GREEDY, num_beams=3, num_return_sequences=2)
-    assert beams.shape == (4, 14)
 
 
 def test_left_padded_batch_generates_what_each_row_does(model):

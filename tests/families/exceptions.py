@@ -45,6 +45,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "n_groups": 2,
     },
+    "qwen2_vl_text": {"rope_parameters": _MROPE},
     "qwen4_exp_text": {"num_hidden_layers": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [], **_INDEXER},
     "recurrent_gemma": {"num_hidden_layers": 6},
     "zamba": {"num_hidden_layers": 9, "attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import SedacError
 from tests.policies import random_policy
-from tests.test_invariants import CUTS, wrapped
-from tests.tiny_models import token_ids
+from tests.test_invariants import CUTS, TOLERANCE, wrapped
+from tests.tiny_models import tiny_model, token_ids
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "consistent": True}
@@ -32,19 +34,6 @@ def masked(model: SedacForCausalLM, ids: torch.Tensor, **kwargs) -> torch.Tensor
         return model.generate(ids, **{**GREEDY, **kwargs})
     finally:
         model.runtime.engine = "auto"
-
-
-@pytest.mark.parametrize("how", [{"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}])
-def test_caches(model, how):
-    ids = token_ids(2, 7)
-    assert torch.equal(model.generate(ids, **GREEDY, **how), masked(model, ids))
-    assert model.stats().needed_bytes_share < 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="an offloaded cache needs a GPU to be offloaded from")
-def test_an_offloaded_cache(model):
-    ids = token_ids(2, 7)
-    assert torch.equal(model.generate(ids, cache_implementation="offloaded", **GREEDY), masked(model, ids))
 
 
 def test_everything_that_can_be_returned(model):
@@ -68,14 +57,6 @@ def test_a_decoding_loop_of_ones_own(model):
     assert model.stats().checkpoints[-1].exits > 0
 
 
-def test_continuous_batching_runs_and_cuts(model):
-    settings = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
-    rows = [row.tolist() for row in token_ids(2, 7)]
-    outputs = model.generate_batch(rows, generation_config=settings)
-    assert [len(output.generated_tokens) for output in outputs.values()] == [4, 4]
-    assert model.stats().needed_bytes_share < 1
-
-
 def test_a_pickle_is_a_model_of_its_own(model):
     ids = token_ids(2, 7)
     expected = model.generate(ids, **GREEDY)
@@ -85,6 +66,58 @@ def test_a_pickle_is_a_model_of_its_own(model):
         assert torch.equal(again.generate(ids, **GREEDY), expected)
         again.unload()
     assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def ids_and_share(model: SedacForCausalLM, ids: torch.Tensor) -> tuple[list[list[int]], float]:
+    model.reset_stats()
+    return model.generate(ids, **GREEDY).tolist(), model.stats().needed_bytes_share
+
+
+def test_a_spawned_process_gets_a_model_of_its_own():
+    ids = token_ids(2, 7)
+    models = [wrapped("llama", cut) for cut in CUTS]
+    expected = [ids_and_share(model, ids) for model in models]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.starmap(ids_and_share, [(model, ids) for model in models]) == expected
+    assert all(share < 1 for _, share in expected)
+    assert [ids_and_share(model, ids) for model in models] == expected
+
+
+def test_threads_that_generate_share_one_model(model):
+    prompts = [token_ids(1, 5 + i, seed=i) for i in range(3)]
+    alone = [model.generate(ids, **GREEDY).tolist() for ids in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for got in pool.map(lambda i: (i, model.generate(prompts[i], **GREEDY).tolist()), [0, 1, 2] * 8):
+            assert got[1] == alone[got[0]]
+    assert [masked(model, ids).tolist() for ids in prompts] == alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_compiled_model(cut):
+    torch._dynamo.reset()
+    model, base = (
+        make(num_hidden_layers=3) for make in (partial(wrapped, "llama", cut), partial(tiny_model, "llama"))
+    )
+    prompts = token_ids(2, 7), token_ids(2, 7, seed=3)
+    expected = [model(ids).logits for ids in prompts]
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        model.reset_stats()
+        for ids, logits in zip(prompts, expected, strict=True):
+            torch.testing.assert_close(compiled(ids).logits, logits, **TOLERANCE)
+        assert model.stats().needed_bytes_share < 1
+        with model.disable():
+            assert torch.equal(compiled(prompts[0]).logits, base(prompts[0]).logits)
+    torch._dynamo.reset()
+
+
+def test_device_map_auto_without_a_gpu(model, tmp_path):
+    ids = token_ids(2, 7)
+    model.save_pretrained(tmp_path)
+    again = SedacForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(again.generate(ids, **GREEDY).cpu(), model.generate(ids, **GREEDY))
+    assert again.stats().needed_bytes_share < 1
 
 
 def test_weights_on_disk(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,19 +26,23 @@ def class_of(config: PreTrainedConfig) -> Any:
     """The class of the plain decoder with this configuration.
 
     A decoder that is part of a composite model goes by the composite's configuration in `AutoModelForCausalLM`: its
-    own one leads nowhere there, but says in ``architectures`` which of those classes it is for.
+    own one leads nowhere there, but says in ``architectures`` which of those classes it is for. Composite models that
+    are not there are in `AutoModelForMultimodalLM`.
 
     Raises:
-        LoadError: it names none of them.
+        LoadError: no such class is known or named.
     """
     found = _auto_class_of(config)
     named = None if found is not None else next(iter(getattr(config, "architectures", None) or ()), None)
     if named is not None and any(named in _names(value) for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         found = getattr(transformers, named, None)
+    if found is None and not getattr(config, "is_encoder_decoder", False):
+        found = _auto_class_of(config, AutoModelForMultimodalLM)
     if found is None:
         raise LoadError(
-            f"a {type(config).__name__} must be a configuration that AutoModelForCausalLM knows, or name one of its "
-            f"classes in `architectures`; got {named!r}: load the decoder of a causal language model"
+            f"a {type(config).__name__} must be a configuration that AutoModelForCausalLM knows, or a decoder's that "
+            f"AutoModelForMultimodalLM knows, or name one of the former's classes in `architectures`; got {named!r}: "
+            "load the decoder of a causal language model"
         )
     return found
 
@@ -67,9 +71,9 @@ def of_its_class(config: PreTrainedConfig, path: str, kwargs: Mapping[str, Any])
     return cast(PreTrainedConfig, kind(**{name: value for name, value in vars(config).items() if name[0] != "_"}))
 
 
-def _auto_class_of(config: PreTrainedConfig) -> Any | None:
+def _auto_class_of(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> Any | None:
     try:
-        found = AutoModelForCausalLM._model_mapping[type(config)]
+        found = auto_class._model_mapping[type(config)]
     except KeyError:
         return None
     return found[0] if isinstance(found, tuple | list) else found
