@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import threading
 
@@ -43,7 +44,11 @@ def greedy_by_hand(model: SedacForCausalLM, ids: torch.Tensor, steps: int) -> to
 
 def test_greedy_generation_is_the_loop_of_forward_calls(model):
     ids = token_ids(2, 6)
-    assert torch.equal(model.generate(ids, **GREEDY), greedy_by_hand(model, ids, 8))
+    got = model.generate(ids, **GREEDY)
+    assert model.stats().needed_bytes_share < 1
+    assert torch.equal(got, greedy_by_hand(model, ids, 8))
+    model.runtime.engine = "reference"
+    assert torch.equal(model.generate(ids, **GREEDY), got)
 
 
 def test_assisted_generation_in_both_roles(model):
@@ -52,7 +57,10 @@ def test_assisted_generation_in_both_roles(model):
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=tiny_model("llama", seed=3)), expected)
     base = tiny_model("llama", seed=3)
     options = {key: value for key, value in GREEDY.items() if key != "consistent"}
+    model.reset_stats()
+    model.generate = functools.partial(model.generate, consistent=True)  # transformers calls it, and would not say so
     assert torch.equal(base.generate(ids, **options, assistant_model=model), base.generate(ids, **options))
+    assert model.stats().needed_bytes_share < 1
 
 
 def test_left_padded_batch_generates_what_each_row_does(model):

@@ -68,5 +68,5 @@ def test_a_plain_checkpoint_is_loaded(model_type, tmp_path):
 
 
 def test_encoders_with_a_decoder_are_no_text_decoders():
-    with pytest.raises(LoadError, match="Florence2Config must be .* a decoder's"):
+    with pytest.raises(LoadError, match=r"Florence2Config must be .* a decoder's"):
         class_of(CONFIG_MAPPING["florence2"]())

@@ -38,11 +38,14 @@ def masked(model: SedacForCausalLM, ids: torch.Tensor, **kwargs) -> torch.Tensor
 
 def test_everything_that_can_be_returned(model):
     wanted = ("scores", "logits", "hidden_states", "attentions")
-    out = model.generate(
-        token_ids(2, 7), return_dict_in_generate=True, **{f"output_{name}": True for name in wanted}, **GREEDY
-    )
-    assert torch.equal(out.sequences, masked(model, token_ids(2, 7)))
-    assert all(len(out[name]) == GREEDY["max_new_tokens"] for name in wanted)
+    how = {"return_dict_in_generate": True, **{f"output_{name}": True for name in wanted}}
+    out = model.generate(token_ids(2, 7), **how, **GREEDY)
+    assert model.stats().needed_bytes_share < 1
+    by_masking = masked(model, token_ids(2, 7), **how)
+    assert torch.equal(out.sequences, by_masking.sequences)
+    for name in wanted:
+        assert len(out[name]) == GREEDY["max_new_tokens"]
+        torch.testing.assert_close(out[name], by_masking[name], **TOLERANCE)
 
 
 def test_a_decoding_loop_of_ones_own(model):
@@ -53,8 +56,10 @@ def test_a_decoding_loop_of_ones_own(model):
         return input_ids
 
     ids = token_ids(2, 7)
-    assert model.generate(ids, custom_generate=longest, **GREEDY).shape == (2, 10)
+    got = model.generate(ids, custom_generate=longest, **GREEDY)
+    assert got.shape == (2, 10)
     assert model.stats().checkpoints[-1].exits > 0
+    assert torch.equal(got, masked(model, ids, custom_generate=longest))
 
 
 def test_a_pickle_is_a_model_of_its_own(model):
@@ -89,6 +94,7 @@ def test_threads_that_generate_share_one_model(model):
     with ThreadPoolExecutor(len(prompts)) as pool:
         for got in pool.map(lambda i: (i, model.generate(prompts[i], **GREEDY).tolist()), [0, 1, 2] * 8):
             assert got[1] == alone[got[0]]
+    assert model.stats().needed_bytes_share < 1
     assert [masked(model, ids).tolist() for ids in prompts] == alone
 
 
