@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,8 +91,8 @@ def test_threads_that_generate_share_one_model(model):
     prompts = [token_ids(1, 5 + i, seed=i) for i in range(3)]
     alone = [model.generate(ids, **GREEDY).tolist() for ids in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        for got in pool.map(lambda i: (i, model.generate(prompts[i], **GREEDY).tolist()), [0, 1, 2] * 8):
-            assert got[1] == alone[got[0]]
+        together = list(pool.map(lambda ids: model.generate(ids, **GREEDY).tolist(), prompts * 8))
+    assert together == alone * 8
     assert model.stats().needed_bytes_share < 1
     assert [masked(model, ids).tolist() for ids in prompts] == alone
 
@@ -102,9 +101,7 @@ def test_threads_that_generate_share_one_model(model):
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_compiled_model(cut):
     torch._dynamo.reset()
-    model, base = (
-        make(num_hidden_layers=3) for make in (partial(wrapped, "llama", cut), partial(tiny_model, "llama"))
-    )
+    model, base = wrapped("llama", cut, num_hidden_layers=3), tiny_model("llama", num_hidden_layers=3)
     prompts = token_ids(2, 7), token_ids(2, 7, seed=3)
     expected = [model(ids).logits for ids in prompts]
     compiled = torch.compile(model, backend="eager")
