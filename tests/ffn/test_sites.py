@@ -237,3 +237,33 @@ def test_owners_that_take_one_shape_only_are_still_read(dims):
             return super().forward(x)
 
     assert find_sites(Foreign(Strict())).sites[0].plain_forward
+
+
+class Stack(nn.Module):
+    """Decoder layers in a module of their own, of which a decoder may hold several."""
+
+    def __init__(self, f=40, depth=2):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(f) for _ in range(depth))
+
+
+class Layer(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.mlp = Block()
+        self.mlp.alpha, self.mlp.beta, self.mlp.omega = nn.Linear(16, f), nn.Linear(16, f), nn.Linear(f, 16)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "found"),
+    [
+        ({"low": Stack(), "high": Stack()}, ["low.layers.0", "low.layers.1", "high.layers.0", "high.layers.1"]),
+        ({"low": Stack(48), "high": Stack()}, ["low.layers.0", "low.layers.1"]),
+        ({"text": Stack(), "image": Stack()}, ["text.layers.0", "text.layers.1"]),
+    ],
+    ids=["alike", "of other sizes", "another tower"],
+)
+def test_stacks_that_are_alike_are_one_decoder(stacks, found):
+    model = nn.ModuleDict(stacks)
+    assert list(find_sites(model).layer_names) == found
+    assert [site.layer_idx for site in find_sites(model).sites] == list(range(len(found)))

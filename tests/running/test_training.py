@@ -8,6 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 from sedac_hf import ConfigError, SedacForCausalLM
 from tests.policies import random_policy
+from tests.runtime.test_order import LOOPED
+from tests.runtime.test_order import wrapped as looped
 from tests.test_invariants import CUTS, nothing_left, wrapped
 from tests.tiny_models import tiny_model, token_ids
 
@@ -30,6 +32,18 @@ def test_layers_that_run_again_in_the_backward_pass_are_cut_as_before(cut, reent
     got = gradients(model, ids)
     assert got.keys() == expected.keys()
     assert model.stats().needed_bytes_share < 1
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("model_type", LOOPED)
+def test_layers_of_a_loop_that_run_again_are_cut_as_in_their_own_turn(model_type, cut):
+    model, ids = looped(model_type, cut)
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = gradients(model, ids)
+    assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
 

@@ -143,6 +143,19 @@ def test_every_run_of_an_ffn_is_counted(model_type):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["default", "in the first stack"])
+def test_every_run_of_a_whole_ffn_is_counted(layers):
+    model, ids = wrapped("hrm_text", layers=layers)
+    with model.disable(), counting_layers(model.runtime) as runs:
+        model(ids)
+    model.reset_stats()
+    with model.full_width():
+        model(ids)
+    whole = model.stats().engines["whole"]
+    assert whole == sum(runs) if layers is None else whole >= sum(runs)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", LOOPED)
 def test_a_token_that_failed_stays_whole_in_later_loops(model_type):
     model, ids = wrapped(model_type)

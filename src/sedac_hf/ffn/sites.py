@@ -100,7 +100,7 @@ def _weights_of(site: FFNSite) -> list[int]:
 
 
 def _decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The largest list of modules directly in the decoder, or else anywhere under it."""
+    """The largest list of modules directly in the decoder, or else anywhere under it, with those of its twins."""
     get_decoder = getattr(model, "get_decoder", None)
     try:
         decoder = get_decoder() if callable(get_decoder) else None
@@ -113,12 +113,31 @@ def _decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
         lists = direct or list(_outer_lists(root))
         if lists:
             largest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()))
-            return tuple(largest)
+            return tuple(layer for each in _with_twins(largest, root) for layer in each)
     raise UnsupportedModelError(
         f"{type(model).__name__} must have its decoder layers in a torch.nn.ModuleList under get_decoder(); none was "
         f"found. Its direct parts: {', '.join(name for name, _ in model.named_children()) or 'none'}. Pass a "
         "decoder-only model with a language-model head"
     )
+
+
+def _with_twins(chosen: nn.ModuleList, root: nn.Module) -> list[nn.ModuleList]:
+    """The list, and those in modules beside its own that are alike in class and shapes: stacks that take turns."""
+    for parent in root.modules():
+        for stack in parent.children():
+            name = next((name for name, child in stack.named_children() if child is chosen), None)
+            if name is not None:
+                alike = [
+                    twin
+                    for beside, twin in parent.named_children()
+                    if twin is stack or (not _OTHER_TOWER.search(beside) and _form(twin) == _form(stack))
+                ]
+                return [getattr(twin, name) for twin in alike]
+    return [chosen]
+
+
+def _form(module: nn.Module) -> tuple[type[nn.Module], list[tuple[str, tuple[int, ...]]]]:
+    return type(module), [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
 
 
 def _has_weights(module: nn.Module) -> bool:

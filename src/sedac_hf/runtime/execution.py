@@ -124,6 +124,7 @@ class Execution:
         if state is None or state.runtime is not runtime or state.over:
             return
         expected, state.next_checkpoint = state.next_checkpoint, idx + 1
+        state.came.append(idx)
         if idx != expected:
             state.irregular = _OUT_OF_ORDER
         if state.whole or runtime.forcing is not None:
@@ -155,7 +156,7 @@ class Execution:
             runtime.on_decision(
                 idx, np.where(levels == controller.n_levels, 0, decided.ratio).astype(np.float32), levels
             )
-        state.plan = state.plans[idx] = self.site_cuts.plan(levels)
+        state.plan = self.site_cuts.plan(levels)
 
     def _look(self, state: ForwardPass, output: Any) -> None:
         rows = token_rows(output, self._runtime.hidden_size, state.shape)
@@ -196,9 +197,14 @@ class Execution:
         return _without(failed, risks)
 
     def _calls(self, i: int, state: ForwardPass) -> int:
-        """How often FFN i ran in a pass with loops, told by the checkpoint behind it; no less than that."""
-        checkpoint = min(self._runtime.segments[i] + 1, len(self._runtime.checkpoint_layers) - 1)
-        return max(1, sum(idx == checkpoint for idx, _, _, _ in state.decided))
+        """How often FFN i ran in a pass with loops, told by a checkpoint of its stack, the one behind it if there is
+        one, else by the one behind it in another stack."""
+        runtime = self._runtime
+        last, before = len(runtime.checkpoint_layers) - 1, runtime.segments[i]
+        near = [min(before + 1, last), max(before, 0)]
+        stack = runtime.stacks[runtime.sites[i].layer_idx]
+        own = [checkpoint for checkpoint in near if runtime.stacks[runtime.checkpoint_layers[checkpoint]] == stack]
+        return max(1, state.came.count((own or near)[0]))
 
     def _risks(self, idx: int, hidden: Tensor, n_tokens: int) -> np.ndarray:
         """float32 [n_tokens]; zeros where no risk changes a level."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class ForwardPass:
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
     by_time: a module runs where it was measured to be quicker than its kernel.
     uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
-    plans: levels by the checkpoint that gave them.
+    came: the checkpoints in the order in which they came.
     over: the pass has ended; its layers run again because a backward pass needs what checkpointing did not keep.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     recorded: sites whose call has been counted.
@@ -95,7 +95,7 @@ class ForwardPass:
     controller_state: Any = None
     shape: tuple[int, int] | None = None
     plan: LevelPlan | None = None
-    plans: dict[int, LevelPlan] = field(default_factory=dict)
+    came: list[int] = field(default_factory=list)
     over: bool = False
     next_checkpoint: int = 0
     irregular: str | None = None
@@ -129,11 +129,15 @@ class OfItsPass:
         self.function = function
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(functools.partial(_run_within, current_pass.get(), layer), *args, **kwargs)
+        state = current_pass.get()
+        again = None if state is None else replace(state, over=True)  # the levels that are in force now
+        return self.function(functools.partial(_run_within, state, again, layer), *args, **kwargs)
 
 
-def _run_within(state: ForwardPass | None, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = current_pass.set(state)
+def _run_within(
+    state: ForwardPass | None, again: ForwardPass | None, layer: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    token = current_pass.set(again if state is not None and state.over else state)
     try:
         return layer(*args, **kwargs)
     finally:

@@ -95,6 +95,7 @@ class SedacRuntime:
             )
         self.model = model
         self.decoder_layers = found.decoder_layers
+        self.stacks = tuple(name.rpartition(".")[0] for name in found.layer_names)  # the list that each layer is in
         self.hidden_size = found.hidden_size
         self.sites = found.sites
         self.engine = engine

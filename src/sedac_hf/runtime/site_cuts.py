@@ -173,8 +173,6 @@ class SiteCuts:
             plan = self._fixed_plan(state, "head", policy.n_levels)
         elif forced is not None:
             plan = self._fixed_plan(state, "level", policy.n_levels)
-        elif state.over:
-            plan = state.plans.get(runtime.segments[i])
         else:
             # A checkpoint that was left out decided nothing for what is behind it.
             plan = state.plan if runtime.segments[i] < state.next_checkpoint else None
