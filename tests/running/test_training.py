@@ -125,9 +125,36 @@ def test_each_of_two_forwards_runs_its_layers_again_as_its_own(cut, reentrant):
     got = both(model)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
-    base = model.unload()
-    left = [type(getattr(module, "_gradient_checkpointing_func", None)).__module__ for module in base.modules()]
-    assert not any(name.startswith("sedac_hf") for name in left), "unload leaves nothing behind"
+    assert not checkpointing_of_ours(model.unload()), "unload leaves nothing behind"
+
+
+@pytest.mark.parametrize("leave", ["unload", "disable"])
+def test_an_interrupted_forward_leaves_the_checkpointing_function_as_it_was(leave):
+    model, ids = wrapped("llama", "truncate"), token_ids()
+    model.gradient_checkpointing_enable()
+    model.train()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.model.layers[2].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids, labels=ids)
+    handle.remove()
+    if leave == "unload":
+        model.eval()
+        assert not checkpointing_of_ours(model.unload())
+        return
+    with model.disable():
+        assert not checkpointing_of_ours(model.model)
+    model(ids, labels=ids).loss.backward()
+    assert not checkpointing_of_ours(model.model)
+
+
+def checkpointing_of_ours(base: torch.nn.Module) -> bool:
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in base.modules()]
+    assert any(functions)
+    return any(type(function).__module__.startswith("sedac_hf") for function in functions)
 
 
 @pytest.mark.parametrize("cut", CUTS)

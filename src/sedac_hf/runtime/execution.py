@@ -79,8 +79,8 @@ class Execution:
         if state is None or state.runtime is not runtime:
             return
         current_pass.set(state.previous)
-        if torch.is_grad_enabled():
-            _let_passes_go(runtime.model)
+        if torch.is_grad_enabled() and runtime.model.training:
+            let_passes_go(runtime.model)
         if state.torch_alone:
             end_step()
         if output is None or state.n_tokens == 0:  # the forward raised, or there was nothing to read
@@ -237,10 +237,10 @@ def _keep_passes(model: nn.Module) -> None:
                 module._gradient_checkpointing_func = OfItsPass(function)
 
 
-def _let_passes_go(model: nn.Module) -> None:
+def let_passes_go(model: nn.Module) -> None:
     """Undo `_keep_passes`: layers that have run hold their pass already."""
     module: Any
-    for module in model.modules() if model.training else ():
+    for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, OfItsPass):
             module._gradient_checkpointing_func = function.function

@@ -31,6 +31,7 @@ from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
+from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
@@ -300,6 +301,7 @@ class SedacRuntime:
             self._attachment.detach()
             self._attachment = None
             self.decode_linears = ()
+            let_passes_go(self.model)  # a forward that was interrupted has not
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
