@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sedac_hf.configuration import Cut, LayerConfig
 from sedac_hf.ffn.compensation import LevelCompensation
-from sedac_hf.ffn.deciders import decider
+from sedac_hf.ffn.deciders import decider, importance_of
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.ffn.sites import FFNSite
@@ -88,7 +88,7 @@ def _importance(runtime: SedacRuntime) -> list[Tensor | None]:
     seen: dict[int, Tensor] = {}
 
     def keep(site: int, x: Tensor, h: Tensor) -> None:
-        seen[site] = shadows[site].importance(x).flatten()
+        seen[site] = importance_of(shadows[site], x, h).flatten()
 
     def keep_expert(site: int, expert: int, x: Tensor, h: Tensor, weights: Tensor) -> None:
         values = (shadows[site].importance(x, expert, h) * weights.abs()[:, None]).flatten()

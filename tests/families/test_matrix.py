@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.deciders import SiteUnits
 from tests.families import MODEL_TYPES, NOT_BUILT, build
 from tests.policies import random_policy
 from tests.test_invariants import CUTS, nothing_left
 
 # Refused, and what the error names.
 REFUSED = dict.fromkeys(["falcon_mamba", "mamba", "mamba2"], "no FFN")
-# `select` is refused: no activation can be read.
+# No activation can be read: under `select` the hidden units themselves decide.
 NO_ACTIVATION = {"minimax_m3_vl_text", "rwkv"}
 # A layer that does not run without an image has the first checkpoint: what is behind it runs whole, and is counted.
 SKIPS_LAYERS = {"mllama"}
@@ -60,28 +61,26 @@ def test_a_wrapped_decoder(model_type: str, cut: str, tmp_path: Path) -> None:
     assert (difference > 1e-4 * spread) == (model_type in PADDING_SHOWS), "what the base makes of padding has changed"
     model = SedacForCausalLM.from_base(base)
     assert torch.equal(model(**inputs).logits, reference), "a wrapper without a policy changes the logits"
-    if cut == "select" and model_type in NO_ACTIVATION:
-        with pytest.raises(UnsupportedModelError, match="activation"):
-            model.install(random_policy(model.runtime, cut))
-    else:
-        model.install(random_policy(model.runtime, cut))
-        got = model(**inputs).logits
-        effect = (got - reference).abs().mean()
-        assert effect > 1e-3 * spread, "the policy cuts nothing that matters: the test would show nothing"
-        model.runtime.engine = "reference"
-        masked = model(**inputs).logits
-        # A unit, or an expert, at its cut point may fall on either side: a sliver of the effect.
-        assert (got - masked).abs().mean() < 0.02 * effect
-        model.runtime.engine = "auto"
-        if model_type not in PADDING_SHOWS:
-            assert _padding_difference(model, ids, positions) < 0.02 * effect, "padding changes a row's logits"
-        with model.full_width():
-            assert (model(**inputs).logits - reference).abs().mean() < 1e-4 * spread
-            assert torch.equal(model.generate(row, **greedy, consistent=True), expected)
-        with model.disable():
-            assert torch.equal(model(**inputs).logits, reference)
-        assert bool(model.stats().fail_safe) == (model_type in SKIPS_LAYERS), "a decision could not be taken"
-        _saved_and_loaded_is_the_same(model, inputs, got, tmp_path)
+    model.install(random_policy(model.runtime, cut))
+    itself = any(isinstance(deciding, SiteUnits) for deciding in model.runtime.weights.shadows)
+    assert itself == (cut == "select" and model_type in NO_ACTIVATION)
+    got = model(**inputs).logits
+    effect = (got - reference).abs().mean()
+    assert effect > 1e-3 * spread, "the policy cuts nothing that matters: the test would show nothing"
+    model.runtime.engine = "reference"
+    masked = model(**inputs).logits
+    # A unit, or an expert, at its cut point may fall on either side: a sliver of the effect.
+    assert (got - masked).abs().mean() < 0.02 * effect
+    model.runtime.engine = "auto"
+    if model_type not in PADDING_SHOWS:
+        assert _padding_difference(model, ids, positions) < 0.02 * effect, "padding changes a row's logits"
+    with model.full_width():
+        assert (model(**inputs).logits - reference).abs().mean() < 1e-4 * spread
+        assert torch.equal(model.generate(row, **greedy, consistent=True), expected)
+    with model.disable():
+        assert torch.equal(model(**inputs).logits, reference)
+    assert bool(model.stats().fail_safe) == (model_type in SKIPS_LAYERS), "a decision could not be taken"
+    _saved_and_loaded_is_the_same(model, inputs, got, tmp_path)
     restored = model.unload()
     assert nothing_left(restored)
     assert torch.equal(restored(**inputs).logits, reference)

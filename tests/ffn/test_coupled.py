@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from sedac_hf.ffn.coupled import _Scratch, forward_replacements
+from sedac_hf.ffn.deciders import decider, importance_of
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite, find_sites
 from sedac_hf.ops import OperatingPoint, SiteCut
@@ -70,6 +71,40 @@ def linears_only(pairs, site):
 
 def inputs(n: int = len(MIXED), seed: int = 0) -> torch.Tensor:
     return torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def test_hidden_values_decide_where_no_activation_can_be_read():
+    torch.manual_seed(0)
+    (site,) = find_sites(nn.ModuleDict({"layers": nn.ModuleList([Unreadable()])})).sites
+    assert site.activation is None
+    deciding, x = decider(site, 4), inputs()
+    hidden = site.owner.hidden(x).detach()
+    importance = hidden.abs() * site.down.weight.norm(dim=0)
+    torch.testing.assert_close(importance_of(deciding, x, hidden), importance)
+    points = even_points(40, float(importance.quantile(0.6)))
+    holder = Holder(site_cut(MIXED, points, importance=deciding.importance))
+    with torch.no_grad(), installed(forward_replacements(site, holder.current)):
+        got = site.owner(x)
+    used = importance >= torch.tensor([points[level].importance_min for level in MIXED])[:, None]
+    used[MIXED.index(0)] = False
+    assert 0.4 < used.float().mean() < 0.9, "the values must choose: the test would show nothing"
+    with torch.no_grad():
+        assert relative_error(got, site.down(torch.where(used, hidden, 0.0))) < 1e-6
+
+
+class Unreadable(nn.Module):
+    """Its activation is no attribute, and scales the product: neither is its formula."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp_up, self.mlp_gate, self.mlp_down = nn.Linear(HIDDEN, 40), nn.Linear(HIDDEN, 40), nn.Linear(40, HIDDEN)
+
+    def hidden(self, x):
+        gate = self.mlp_gate(x)
+        return (self.mlp_up(x) + 1) * gate * torch.sigmoid(1.7 * gate)
+
+    def forward(self, x):
+        return self.mlp_down(self.hidden(x))
 
 
 @pytest.mark.parametrize("coupled", [True, False])

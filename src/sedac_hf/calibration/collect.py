@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from sedac_hf.errors import CalibrationError, EvaluationError
 from sedac_hf.evaluation import Batch, WindowSet, check_finite, make_batch, nll_of_logits, scored_logits
 from sedac_hf.evaluation.scoring import batches, default_batch_size, input_device, vocabulary_size
+from sedac_hf.ffn.deciders import SiteUnits, importance_of
+from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ops.contract import is_ordinary
 from sedac_hf.runtime import SedacRuntime
 
@@ -118,9 +120,9 @@ def collect(
 
     def on_ffn(i: int, x: Tensor, h: Tensor) -> None:
         if select:
-            importance = runtime.weights.importance(i)
-            if importance is not None:
-                samples[i].append(importance(x[::step]).flatten().float().cpu())
+            deciding = runtime.weights.shadows[i]
+            if isinstance(deciding, Shadow | ExactGate | SiteUnits):
+                samples[i].append(importance_of(deciding, x[::step], h[::step]).flatten().float().cpu())
             return
         h = h.float()
         _add(power, i, h.square().sum(0))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.ffn.deciders import SiteUnits
 from sedac_hf.ffn.expert_calls import ExpertsOwner
 from sedac_hf.ffn.linears import bias_of, original_forward, rows, sliced, weight_of
 from sedac_hf.ffn.shadow import ExactGate
@@ -137,10 +138,14 @@ def _exact_gate(cut: SiteCut) -> ExactGate | None:
     return decider if isinstance(decider, ExactGate) else None
 
 
-def _importance(cut: SiteCut, x: Tensor | None, z: Tensor | None, n: int) -> Tensor | None:
-    """Importance [n, >= k] from what the gate left; None where nobody chooses (or nothing was left: all are used)."""
+def _importance(cut: SiteCut, x: Tensor | None, z: Tensor | None, h: Tensor) -> Tensor | None:
+    """Importance [n, >= k] from what the gate left, or from the hidden values h [n, k]; None where nobody chooses (or
+    nothing was left: all are used)."""
     if not cut.chooses or cut.importance is None:
         return None
+    if isinstance(getattr(cut.importance, "__self__", None), SiteUnits):
+        return cut.importance(h)
+    n = h.shape[0]
     exact = _exact_gate(cut)
     if exact is not None:
         return None if z is None else exact.importance_of(z.reshape(n, z.shape[-1]))
@@ -209,7 +214,7 @@ class _Consumer:
         if n == 0:
             return self.original(h, *args, **kwargs) if k == f else self._narrow(h)
         flat = h.reshape(n, k)
-        importance = _importance(cut, x, z, n)
+        importance = _importance(cut, x, z, flat)
         used = None
         if importance is not None or cut.plan.uniform is None or widest(cut, f) < k:
             importance = None if importance is None else importance.to(h.device)

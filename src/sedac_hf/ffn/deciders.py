@@ -1,4 +1,5 @@
-"""What decides which units a token needs in an FFN: a shadow, the exact gate, or for experts one of these for each."""
+"""What decides which units a token needs in an FFN: a shadow, the exact gate, or the hidden values themselves; for
+experts one of these for each."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.experts import Experts
-from sedac_hf.ffn.shadow import ExactGate, Shadow
+from sedac_hf.ffn.linears import norms
+from sedac_hf.ffn.shadow import ExactGate, Shadow, can_be_read, probed_down_norms
 from sedac_hf.ffn.site import FFNSite
 
 
@@ -67,7 +69,24 @@ class ExpertUnits:
             return h.float().abs() * self.unit_norm[expert, : h.shape[-1]]
 
 
-Decider = Shadow | ExactGate | ExpertShadows | ExpertUnits
+class SiteUnits:
+    """The same for an FFN whose activation cannot be read: it is asked in front of down, with the values there."""
+
+    chosen_matrices = 1
+
+    def __init__(self, site: FFNSite) -> None:
+        self.unit_norm = norms(site.parts()[2], dim=0) if can_be_read(site) else probed_down_norms(site)
+        self.held_bytes = 4 * self.unit_norm.numel()
+        self.multiply_adds = (1 if site.kind == "plain" else 2) * site.hidden_size * site.intermediate_size
+        self.bytes = 2 * self.multiply_adds  # as in `ExpertUnits`
+
+    def importance(self, h: Tensor) -> Tensor:
+        """Importance of the first k units from their values h [n, k] -> float32 [n, k]; no gradient."""
+        with torch.no_grad():
+            return h.detach().float().abs() * self.unit_norm.to(h.device)[: h.shape[-1]]
+
+
+Decider = Shadow | ExactGate | SiteUnits | ExpertShadows | ExpertUnits
 
 
 def decider(site: FFNSite, bits: int) -> Decider:
@@ -83,12 +102,19 @@ def decider(site: FFNSite, bits: int) -> Decider:
                 "them on a device, or cut by width after calibrating elsewhere"
             )
         return ExpertUnits(experts) if bits == 0 or experts.activation is None else ExpertShadows(experts, bits)
+    if site.activation is None:
+        return SiteUnits(site)
     if bits == 0:
         return ExactGate(site)
     try:
         return Shadow.build(site, bits)
     except UnsupportedModelError:
         return ExactGate(site)
+
+
+def importance_of(deciding: Shadow | ExactGate | SiteUnits, x: Tensor, h: Tensor) -> Tensor:
+    """Importance of an FFN's units, float32 [n, f], for its input x [n, d] and its hidden values h [n, f]."""
+    return deciding.importance(h if isinstance(deciding, SiteUnits) else x)
 
 
 def bytes_for(site: FFNSite, bits: int) -> int:

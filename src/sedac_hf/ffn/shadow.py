@@ -63,7 +63,7 @@ class Shadow:
     def bytes_for(site: FFNSite, bits: int) -> int:
         """Bytes that a shadow of the site would hold; 0 where none can be made."""
         f = site.intermediate_size
-        if not _can_be_read(site):
+        if site.activation is None or not can_be_read(site):
             return 0
         biased = bias_of(site.up if site.gate is None else site.gate) is not None
         return Shadow.bytes_of(f, site.hidden_size, bits, biased=biased)
@@ -132,7 +132,7 @@ class ExactGate:
         self.linear = site.up if site.gate is None else site.gate
         self.activation = site.activation
         self._original: Callable[[Tensor], Tensor] = self.linear.forward
-        self.unit_norm = unit_norms(site.weights()) if _can_be_read(site) else _probed_unit_norms(site)
+        self.unit_norm = unit_norms(site.weights()) if can_be_read(site) else _probed_unit_norms(site)
         self.multiply_adds = site.hidden_size * site.intermediate_size
         self.bytes = 2 * self.multiply_adds  # read; as a bf16 base holds it, like all of the needed share
         self.held_bytes = 4 * self.unit_norm.numel()
@@ -166,7 +166,7 @@ def unit_norms(weights: FFNWeights) -> Tensor:
 
 
 def _readable_weights(site: FFNSite) -> FFNWeights:
-    if not _can_be_read(site):
+    if not can_be_read(site):
         raise UnsupportedModelError(
             f"a shadow of {site.name!r} needs weights that are in memory and can be read in slices, got "
             f"{', '.join(dict.fromkeys(describe(linear) for linear in site.linears))}: let the exact gate decide "
@@ -175,14 +175,14 @@ def _readable_weights(site: FFNSite) -> FFNWeights:
     return site.weights()
 
 
-def _can_be_read(site: FFNSite) -> bool:
+def can_be_read(site: FFNSite) -> bool:
     return all(slices_of(linear).readable and not weight_of(linear).is_meta for linear in site.linears)
 
 
 def _probed_unit_norms(site: FFNSite) -> Tensor:
     """Unit norms of linears that may be opaque: a linear map of the identity shows its weights."""
     f, d = site.intermediate_size, site.hidden_size
-    down = torch.cat([(rows.float() ** 2).sum(dim=1) for rows in _images(site.down, f)]).sqrt()
+    down = probed_down_norms(site)
     if site.kind == "plain":
         return down
     squares: Any = sum((rows.float() ** 2).sum(dim=0) for rows in _images(site.up, d))
@@ -190,6 +190,12 @@ def _probed_unit_norms(site: FFNSite) -> Tensor:
         squares = squares[f:] if site.fused_gate_first else squares[:f]
     norms: Tensor = down * squares.sqrt()
     return norms
+
+
+def probed_down_norms(site: FFNSite) -> Tensor:
+    """float32 [f]: ||down_j||, of a down that may be opaque."""
+    images = _images(site.down, site.intermediate_size)
+    return torch.cat([(rows.float() ** 2).sum(dim=1) for rows in images]).sqrt()
 
 
 def _images(linear: nn.Module, inputs: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ffn.deciders import Decider
+from sedac_hf.ffn.deciders import Decider, SiteUnits
 from sedac_hf.ffn.linears import is_plain, is_readable
 from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
@@ -56,7 +56,7 @@ class CapturedSite(nn.Module):
     ) -> None:
         super().__init__()
         self.site = site
-        self.shadow = shadow if isinstance(shadow, Shadow | ExactGate) else None
+        self.shadow = shadow if isinstance(shadow, Shadow | ExactGate | SiteUnits) else None
         parameters = list(site.down.parameters())
         floating = next((p for p in parameters if p.is_floating_point()), None)
         like = torch.zeros(0, device=parameters[0].device) if floating is None else floating
@@ -129,7 +129,7 @@ class CapturedSite(nn.Module):
         """
         units = torch.arange(h.shape[-1], dtype=torch.int32, device=h.device)
         used = units < self.widths[levels].unsqueeze(-1)
-        importance = self._importance(x, z)
+        importance = self._importance(x, z, h)
         if importance is not None:
             # A NaN importance keeps its unit: a token that is already broken must not look healthy.
             used = used & ~(importance < self.least[levels].unsqueeze(-1))
@@ -140,9 +140,11 @@ class CapturedSite(nn.Module):
         """Of the first linear's output, what decides by itself; None where a shadow does."""
         return self.shadow.gate_part(output) if isinstance(self.shadow, ExactGate) else None
 
-    def _importance(self, x: Tensor | None, z: Tensor | None) -> Tensor | None:
+    def _importance(self, x: Tensor | None, z: Tensor | None, h: Tensor) -> Tensor | None:
         if not self.selects or self.shadow is None:
             return None
+        if isinstance(self.shadow, SiteUnits):
+            return self.shadow.importance(h)
         if isinstance(self.shadow, ExactGate) and z is not None:
             return self.shadow.importance_of(z)
         return None if x is None else self.shadow.importance(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
 from sedac_hf.ffn.channel_order import apply_order, can_reorder, undo_order
-from sedac_hf.ffn.deciders import Decider, ExpertShadows, ExpertUnits, decider
+from sedac_hf.ffn.deciders import Decider, ExpertShadows, ExpertUnits, SiteUnits, decider
 from sedac_hf.ffn.expert_calls import LayerKernels
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ffn.layout import lay_out_as_usual, lay_out_by_units
@@ -240,6 +240,7 @@ def _cost(site: FFNSite, shadow: Decider | None) -> SiteCost:
         element_bytes=4 if weight is None else stored_bytes(weight) / max(weight.numel(), 1),
         shadow_bytes=0 if shadow is None else shadow.bytes,
         shadow_multiply_adds=0 if shadow is None else shadow.multiply_adds,
+        chosen_parameters=shadow.chosen_matrices * site.hidden_size if isinstance(shadow, SiteUnits) else 0,
     )
 
 
