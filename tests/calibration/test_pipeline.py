@@ -13,6 +13,7 @@ from sedac_hf import SedacConfig, SedacForCausalLM
 from sedac_hf.calibration import CalibrationReport, calibrate
 from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.evaluation import Document
+from sedac_hf.ffn.deciders import SiteUnits
 from sedac_hf.runtime import SedacRuntime
 from tests.evaluation.tokenizers_for_tests import WORDS, word_tokenizer
 from tests.ffn.test_shadow import Opaque
@@ -238,3 +239,34 @@ def test_weights_that_cannot_be_read_are_decided_by_the_exact_gate(texts: dict[s
         calibrate(runtime, TOKENIZER, texts["llama"], share=0.8, objective="throughput", **SIZES)
     assert runtime.policy is not None
     assert runtime.policy.cut == "select"
+
+
+class Doubled(torch.nn.Module):
+    """An FFN whose formula is none that is known, and whose activation is no attribute."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        self.down_proj.weight.data /= 2  # so that the decoder stays what it was
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(2 * torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_hidden_values_decide_where_no_activation_can_be_read(texts: dict[str, list[Document]]) -> None:
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    runtime = SedacRuntime(model)
+    report = calibrate(runtime, TOKENIZER, texts["llama"], share=0.9, objective="latency", **SIZES)
+    assert {type(deciding) for deciding in runtime.weights.shadows} == {SiteUnits}
+    assert report.needed_bytes == pytest.approx(0.9, abs=0.06)
+    assert report.ppl_increase < 0.2
+    runtime.tally.reset()
+    with torch.no_grad():
+        model(torch.randint(3, VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(0)))
+    stats = runtime.stats()
+    assert 2 / 3 < stats.needed_bytes_share < 1, "gate and up are read whole, down in part"
+    assert stats.saved_bytes_share <= 0

@@ -25,7 +25,7 @@ def test_all_types(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         ("llama", ["gated", "kernels", "yes"]),
         ("phi3", ["fused", "kernels", "yes"]),
         ("mixtral", ["experts", "kernels", "yes"]),
-        ("rwkv", ["plain", "linears", "no"]),
+        ("rwkv", ["plain", "linears", "down alone"]),
         ("bitnet", ["gated", "masking", "yes", "ffn_sub_norm.weight"]),
         ("blt", ["gated", "whole: other FFNs"]),
         ("mamba", ["refused", "no FFN"]),

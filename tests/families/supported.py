@@ -46,10 +46,7 @@ def _sort(site: FFNSite) -> dict[str, Any]:
     known = activation is not None and (site.plain_forward or site.experts is not None)
     why = why_masked(site)
     by = "masking" if why else "linears" if not known else "kernels" if _for_kernels(activation) else "engines"
-    select = (
-        activation is not None or site.experts is not None
-    )  # an expert's hidden values decide where nothing else can
-    return {"kind": site.kind, "by": by, "select": select, **({"why": why} if why else {})}
+    return {"kind": site.kind, "by": by, "select": activation is not None, **({"why": why} if why else {})}
 
 
 def _for_kernels(activation: Any) -> bool:

@@ -73,13 +73,18 @@ def inputs(n: int = len(MIXED), seed: int = 0) -> torch.Tensor:
     return torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def test_hidden_values_decide_where_no_activation_can_be_read():
+@pytest.mark.parametrize("opaque", [False, True])
+def test_hidden_values_decide_where_no_activation_can_be_read(opaque):
     torch.manual_seed(0)
-    (site,) = find_sites(nn.ModuleDict({"layers": nn.ModuleList([Unreadable()])})).sites
+    owner = Unreadable()
+    norms = owner.mlp_down.weight.detach().norm(dim=0)
+    if opaque:
+        owner.mlp_down = Opaque(owner.mlp_down)
+    (site,) = find_sites(nn.ModuleDict({"layers": nn.ModuleList([owner])})).sites
     assert site.activation is None
     deciding, x = decider(site, 4), inputs()
     hidden = site.owner.hidden(x).detach()
-    importance = hidden.abs() * site.down.weight.norm(dim=0)
+    importance = hidden.abs() * norms
     torch.testing.assert_close(importance_of(deciding, x, hidden), importance)
     points = even_points(40, float(importance.quantile(0.6)))
     holder = Holder(site_cut(MIXED, points, importance=deciding.importance))

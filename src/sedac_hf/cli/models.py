@@ -47,8 +47,9 @@ def command(
 
 
 def read_list() -> dict[str, Any]:
-    """``transformers``: the version; ``types``: by model type ``cut`` (a list of ``kind``, ``by``, ``select``, and for
-    masking ``why``, for each sort of FFN) with ``whole`` (what is left so), or else ``refused`` or ``not_built``: why.
+    """``transformers``: the version; ``types``: by model type ``cut`` (a list of ``kind``, ``by``, ``select``: whether
+    a low-bit copy can decide, and for masking ``why``, for each sort of FFN) with ``whole`` (what is left so), or else
+    ``refused`` or ``not_built``: why.
     """
     found: dict[str, Any] = json.loads(LIST.read_text(encoding="utf-8"))
     return found
@@ -60,7 +61,7 @@ def rows(types: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         for number, sort in enumerate(facts.get("cut", ())):
             remarks = [sort["why"]] if "why" in sort else []
             remarks += [f"whole: {facts['whole']}"] if facts.get("whole") and not number else []
-            yield name, sort["kind"], sort["by"], "yes" if sort["select"] else "no", "; ".join(remarks)
+            yield name, sort["kind"], sort["by"], "yes" if sort["select"] else "down alone", "; ".join(remarks)
         if "cut" not in facts:
             what = "refused" if "refused" in facts else "not tried"
             yield name, "", what, "", facts.get("refused") or facts["not_built"]
@@ -82,7 +83,9 @@ Made by `make models` from a small random decoder of each causal type of transfo
   the other way round, Conv1D and some experts, under `select` alone); **engines**: it was recognised, and torch runs
   it; **linears**: the class's own forward, or of experts its own activation, stays, and the linears emit fewer units;
   **masking**: all is computed and what is cut is zeroed, which saves nothing, for the reason in the remarks.
-- *select*: whether units can be chosen for each token; `truncate` works for all.
+- *select*: whether a low-bit copy can decide which units a token needs. **down alone**: no activation can be read, so
+  the units' own values decide. Gate and up are computed whole, down is needed in part, and since the rest is zeroed
+  nothing is saved. `truncate` works for all.
 
 {table}
 """
