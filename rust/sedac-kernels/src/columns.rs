@@ -9,6 +9,11 @@ use crate::{
     site::{Ffn, Need},
 };
 
+/// Fours of units whose hidden values are computed before the first of their columns is read. A core has fewer places of
+/// memory to read at a time then: on an AMD EPYC (Zen 5) a whole FFN in bf16 takes 5 to 9% less time than with each four's
+/// columns right after its hidden values, and one with a third of its units 2 to 8% (two builds in turn, by hand).
+const TURN: usize = 64;
+
 /// Adds what `units` contribute to `sums[n]`; writes their hidden values to `hidden[n][unit - first]` if asked to.
 pub(crate) struct AddUnits<'a, 'b, T, const N: usize> {
     pub(crate) weights: &'a Ffn<'a, T>,
@@ -27,18 +32,33 @@ impl<T: Element, const N: usize> Kernel for AddUnits<'_, '_, T, N> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { weights, down, inputs, units, next, mut sums, first, mut hidden } = self;
-        let mut fours = units.chunks_exact(4);
-        for (i, four) in fours.by_ref().enumerate() {
-            let four = [four[0], four[1], four[2], four[3]];
-            let columns = four.map(|(unit, _)| down.row(unit as usize));
-            let later = upcoming(units, next, 4 * i + 4);
-            let values = four_units(simd, weights, &inputs, four, columns, columns);
-            add_rows(simd, values, columns, &mut sums, rows_of(weights, later[0], later[1]));
-            if let Some(hidden) = hidden.as_deref_mut() {
-                store(values, four, first, hidden);
+        let (fours, rest) = units.as_chunks::<4>();
+        let columns = |four: &[Need; 4]| four.map(|(unit, _)| down.row(unit as usize));
+        let mut kept = [[[0.0; N]; 4]; TURN];
+        for (i, turn) in fours.chunks(TURN).enumerate() {
+            for (j, (four, values)) in turn.iter().zip(&mut kept).enumerate() {
+                let later = upcoming(units, next, 4 * (i * TURN + j) + 4);
+                let [near, nearer] = if j + 1 < turn.len() {
+                    [rows_of(weights, later[0], later[1]), rows_of(weights, later[2], later[3])]
+                } else {
+                    [columns(&turn[0]); 2]
+                };
+                *values = four_units(simd, weights, &inputs, *four, near, nearer);
+            }
+            for (j, (four, values)) in turn.iter().zip(&kept).enumerate() {
+                let ahead = if let Some(four) = turn.get(j + 1) {
+                    columns(four)
+                } else {
+                    let later = upcoming(units, next, 4 * (i * TURN + j) + 4);
+                    rows_of(weights, later[0], later[1])
+                };
+                add_rows(simd, *values, columns(four), &mut sums, ahead);
+                if let Some(hidden) = hidden.as_deref_mut() {
+                    store(*values, *four, first, hidden);
+                }
             }
         }
-        for &need in fours.remainder() {
+        for &need in rest {
             let values = [one_unit(simd, weights, &inputs, need)];
             add_rows(simd, values, [down.row(need.0 as usize)], &mut sums, []);
             if let Some(hidden) = hidden.as_deref_mut() {
