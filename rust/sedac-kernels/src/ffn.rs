@@ -20,6 +20,7 @@ use crate::{
     runs::{Runs, RUNS},
     shadow::{Choose, Int8Row, Shadow},
     site::{Down, Ffn, Need, Point},
+    steps::Call,
     team::Team,
     Error, MAX_ROWS,
 };
@@ -98,15 +99,6 @@ thread_local! {
     static WORKSPACE: Cell<Workspace> = const {
         Cell::new(Workspace { chosen: Vec::new(), parts: Vec::new(), hidden: Vec::new() })
     };
-}
-
-/// What all groups of rows share.
-pub(crate) struct Call<'a, T> {
-    pub(crate) isa: Isa,
-    pub(crate) team: &'a dyn Team,
-    pub(crate) weights: &'a Ffn<'a, T>,
-    shadow: Option<Shadow<'a>>,
-    pub(crate) block: usize,
 }
 
 impl<T: Element> Call<'_, T> {

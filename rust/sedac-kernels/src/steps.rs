@@ -3,16 +3,18 @@
 use std::sync::Mutex;
 
 use crate::{
-    arch::LANE_UNITS,
+    arch::{Isa, LANE_UNITS},
     columns::{AddUnits, SumParts},
     element::Element,
-    ffn::Call,
     groups::{piece_of, split, with_rows, Group},
     hidden::Hide,
     linear::Rows,
     matrix::Matrix,
     products::{Inputs, STEP},
     rows::{split_outputs, tasks_of},
+    shadow::Shadow,
+    site::Ffn,
+    team::Team,
 };
 
 /// Numbers in the parts from which their sum is shared out over the team.
@@ -22,6 +24,15 @@ const SHARED_SUM_FROM: usize = 1 << 16;
 type Step<'a> = Box<dyn Fn(usize) + Sync + 'a>;
 /// What one group does with some of a block's units: the block, and from which to which of those that it needs.
 type BlockStep<'a> = Box<dyn Fn(usize, usize, usize) + Sync + 'a>;
+
+/// What all groups of rows share.
+pub(crate) struct Call<'a, T> {
+    pub(crate) isa: Isa,
+    pub(crate) team: &'a dyn Team,
+    pub(crate) weights: &'a Ffn<'a, T>,
+    pub(crate) shadow: Option<Shadow<'a>>,
+    pub(crate) block: usize,
+}
 
 impl<T: Element> Call<'_, T> {
     /// Columns of down, each times its unit's hidden value: parts of the sum by block, then their sum.
