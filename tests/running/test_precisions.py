@@ -37,17 +37,17 @@ def logits_of(model: torch.nn.Module, ids: Tensor, prompt: int) -> Tensor:
 @torch.no_grad()
 def test_attention_in_each_precision(cut, dtype, attention):
     options = {"dtype": dtype, "attn_implementation": attention}
-    base, ids = tiny_model("llama", **options), token_ids(1, 16, seed=1)
+    base, ids = tiny_model("llama", **options), token_ids(1, 20, seed=1)
     model = SedacForCausalLM.from_base(tiny_model("llama", **options), SedacConfig(base.config, extra_memory=0.5))
     assert base.config._attn_implementation == model.model.config._attn_implementation == attention
     model.install(random_policy(model.runtime, cut))
     # flex_attention is compiled for each kind of shape, which takes seconds
-    prompt = 9 if attention != "flex_attention" else 15 if dtype == torch.float32 else 16
+    prompt = 17 if attention != "flex_attention" else 19 if dtype == torch.float32 else 20
     dense = logits_of(base, ids, prompt)
     model.reset_stats()
     got, stats = logits_of(model, ids, prompt), model.stats()
     assert stats.needed_bytes_share < 1
-    assert ("rust" in stats.engines) == (prompt < 16)
+    assert ("rust" in stats.engines) == (prompt < 20)
     model.runtime.engine = "reference"
     masked = logits_of(model, ids, prompt)
     effect = (masked - dense).abs().mean()

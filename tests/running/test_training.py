@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sedac_hf import ConfigError, SedacForCausalLM
+from sedac_hf.runtime.forward_pass import current_pass
 from tests.policies import random_policy
 from tests.runtime.test_order import LOOPED
 from tests.runtime.test_order import wrapped as looped
@@ -144,9 +145,11 @@ def test_an_interrupted_forward_leaves_the_checkpointing_function_as_it_was(leav
     if leave == "unload":
         model.eval()
         assert not checkpointing_of_ours(model.unload())
+        assert current_pass.get() is None
         return
     with model.disable():
         assert not checkpointing_of_ours(model.model)
+        assert current_pass.get() is None
     model(ids, labels=ids).loss.backward()
     assert not checkpointing_of_ours(model.model)
 

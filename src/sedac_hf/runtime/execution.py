@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
-from sedac_hf.runtime.forward_pass import ForwardPass, OfItsPass, call_shape, current_generation, current_pass
+from sedac_hf.runtime.forward_pass import (
+    ForwardPass,
+    OfItsPass,
+    call_shape,
+    close_left_open,
+    current_generation,
+    current_pass,
+)
 from sedac_hf.runtime.observation import hidden_of, token_rows
 from sedac_hf.runtime.site_cuts import SiteCuts
 
@@ -43,9 +50,7 @@ class Execution:
         runtime.whereabouts.check()
         shape = call_shape(args, dict(kwargs))
         n_tokens = 0 if shape is None else shape[0] * shape[1]
-        around = current_pass.get()
-        while around is not None and around.runtime is runtime:  # no pass runs within one of the same model
-            around = around.left_open()
+        around = close_left_open(runtime)  # no pass runs within one of the same model
         state = ForwardPass(runtime, n_tokens, shape=shape, previous=around)
         current_pass.set(state)
         if shape is None:

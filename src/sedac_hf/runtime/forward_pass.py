@@ -156,6 +156,15 @@ def generating(call: GenerationCall) -> Iterator[None]:
         call.runtime.tally.choice(call.choice)
 
 
+def close_left_open(runtime: SedacRuntime) -> ForwardPass | None:
+    """End passes of this model that an interrupt left open, innermost first; gives the pass around them."""
+    around = current_pass.get()
+    while around is not None and around.runtime is runtime:
+        around = around.left_open()
+    current_pass.set(around)
+    return around
+
+
 @contextmanager
 def closing_passes() -> Iterator[None]:
     """Closes passes that an interrupt left open: it is no `Exception`, and hooks run after those alone."""

@@ -32,7 +32,7 @@ from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.execution import let_passes_go
-from sedac_hf.runtime.forward_pass import Forced, GenerationCall, current_generation
+from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
@@ -302,6 +302,7 @@ class SedacRuntime:
             self._attachment = None
             self.decode_linears = ()
             let_passes_go(self.model)  # a forward that was interrupted has not
+            close_left_open(self)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
