@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 
@@ -68,6 +71,18 @@ def test_consistent_cuts_whatever_it_costs(model, monkeypatch):
     bare = SedacForCausalLM.from_base(tiny_model("llama"))
     bare.generate(token_ids(1, 4), max_new_tokens=2)
     assert bare.stats().choices == {"full width: not calibrated": 1}
+
+
+def test_what_is_compared_never_reads_the_layer_that_was_just_read():
+    """It would find it in a cache, and win by that."""
+    seen: list[int] = []
+    layers = [[functools.partial(seen.append, i) for i in range(6)] for _ in range(2)]
+    calls = planner.in_turns(*layers)
+    for _ in range(7):
+        for call in calls:
+            call()
+    assert all(abs(a - b) in (2, 3, 4) for a, b in itertools.pairwise(seen))
+    assert sorted(seen[:12:2]) == sorted(seen[1:12:2]) == list(range(6)), "each is timed on all"
 
 
 @needs_kernels

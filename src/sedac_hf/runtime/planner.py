@@ -11,7 +11,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,11 +120,13 @@ class GenerationPlanner:
             if key not in self._by_kernel:
                 x = _noise(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
                 ours, theirs = interleaved(
-                    [_in_turn([functools.partial(kernel.whole, x) for kernel, _ in of_shape]),
-                     # Outside a forward pass an owner's own forward runs.
-                     _in_turn([functools.partial(owner, x) for _, owner in of_shape])],
+                    in_turns(
+                        [functools.partial(kernel.whole, x) for kernel, _ in of_shape],
+                        # Outside a forward pass an owner's own forward runs.
+                        [functools.partial(owner, x) for _, owner in of_shape],
+                    ),
                     x.device,
-                )  # fmt: skip
+                )
                 self._by_kernel[key] = ours <= theirs
 
     # ---------------------------------------------------------------- cut or full width
@@ -140,7 +142,7 @@ class GenerationPlanner:
         x = _noise(rows, site.hidden_size).to(site.weight)
         pairs = [self._whole_and_cut(i, x) for i in timed]
         whole_time, cut_time = interleaved(
-            [_in_turn([whole for whole, _ in pairs]), _in_turn([cut for _, cut in pairs])], x.device
+            in_turns([whole for whole, _ in pairs], [cut for _, cut in pairs]), x.device
         )
         (decide_time,) = interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
         whole_step = whole_time * len(governed)
@@ -197,17 +199,31 @@ def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
         if any(linear.by_kernel(x) is None for linear in alike):
             return False
         ours, theirs = interleaved(
-            [_in_turn([functools.partial(linear.by_kernel, x) for linear in alike]),
-             _in_turn([functools.partial(linear.original, x) for linear in alike])],
+            in_turns(
+                [functools.partial(linear.by_kernel, x) for linear in alike],
+                [functools.partial(linear.original, x) for linear in alike],
+            ),
             x.device,
-        )  # fmt: skip
+        )
     return ours <= theirs + LINEAR_MARGIN_S
 
 
-def _in_turn(calls: Sequence[Call]) -> Call:
-    """One call after the other, time by time: a decoder's layers find their weights in memory, not in the cache."""
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
+def in_turns(*alternatives: Sequence[Call]) -> list[Call]:
+    """One call per alternative, which goes from layer to layer: a decoder's layers find their weights in memory.
+
+    Each starts at a place of its own. On the layer that another has just read it would find the weights in the
+    last-level cache, which holds an FFN on servers.
+    """
+    calls: list[Call] = []
+    for n, layers in enumerate(alternatives):
+        start = n * len(layers) // len(alternatives)
+        turns = itertools.cycle([*layers[start:], *layers[:start]])
+        calls.append(functools.partial(_call_next, turns))
+    return calls
+
+
+def _call_next(turns: Iterator[Call]) -> object:
+    return next(turns)()
 
 
 def _noise(rows: int, size: int) -> Tensor:
