@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 
 # In turns with itself a map of torch's finds its code in the caches; in the middle of a decode step it does not, and
-# takes so much longer (128 x 896 in bf16: 8 us, and about 60 us in a step), the kernels hardly.
-LINEAR_MARGIN_S = 40e-6
+# takes so much longer (128 x 896 in bf16: 22 us, and 29 us in a step), the kernels hardly (11 us and 12 us).
+LINEAR_MARGIN_S = 10e-6
 LEAST_REPEATS, MOST_REPEATS = 7, 60
 SECONDS = 0.1  # of one comparison; a call that takes long is repeated less often
 MIN_GAIN = 0.1  # share of the FFN time: less is within a noisy machine's reach
