@@ -40,7 +40,7 @@ from torch.nn import functional
 from sedac_hf.ffn.schedule import align_width
 from sedac_hf.ffn.shadow import Shadow, unit_norms
 from sedac_hf.ops import ENGINES, FFNWeights, LevelPlan, OperatingPoint, SiteCut
-from sedac_hf.ops.compiled import available, instruction_sets, read_memory, read_rows
+from sedac_hf.ops.compiled import MAX_ROWS, available, instruction_sets, read_memory, read_rows
 from sedac_hf.ops.low_bit import LowBitMatrix
 from sedac_hf.ops.rust_cpu import CpuFFN
 
@@ -273,7 +273,7 @@ def main() -> None:
         "--shape", action="append", help=f"HIDDENxUNITS; default: the first two of {', '.join(SHAPES)}"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
-    parser.add_argument("--rows", type=int, choices=(1, 2, 3, 4), action="append", help="default: 1")
+    parser.add_argument("--rows", type=int, action="append", help=f"default: 1; at most {MAX_ROWS}")
     parser.add_argument("--full", action="store_true", help="all shapes (the 8B one takes 6 GB), and rows 1, 2 and 4")
     parser.add_argument("--isa", choices=instruction_sets(), help="make the kernels use this instruction set")
     parser.add_argument("--seconds", type=float, default=18.0, help="at most so many per case")

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "MAX_ROWS",
     "CascadeController",
     "FfnKernel",
     "ForwardPass",
@@ -19,6 +20,8 @@ __all__ = [
     "read_rows",
     "set_openmp",
 ]
+
+MAX_ROWS: int
 
 @final
 class CascadeController:

@@ -15,7 +15,7 @@ use std::{cell::Cell, sync::Mutex};
 use crate::{
     arch::{Isa, LANE_UNITS},
     element::Element,
-    groups::{Group, GROUP_ROWS},
+    groups::{widest, Group, GROUP_ROWS},
     rows::widened,
     runs::{Runs, RUNS},
     shadow::{Choose, Int8Row, Shadow},
@@ -107,7 +107,7 @@ impl<T: Element> Call<'_, T> {
         let mut space = WORKSPACE.take();
         let points: Vec<_> =
             points.iter().map(|point| Point { width: point.width.min(f), ..*point }).collect();
-        let widest = points.iter().map(|point| point.width).max().unwrap_or(0);
+        let widest = widest(&points);
         let blocks = widest.div_ceil(self.block);
         let count = points.len().div_ceil(GROUP_ROWS);
         space.chosen.resize_with(space.chosen.len().max(count * blocks), Vec::new);
@@ -168,7 +168,7 @@ impl<T: Element> Call<'_, T> {
         };
         let mut choosers = Vec::new();
         for ((points, wide), chosen) in rows.zip(chosen.chunks_mut(blocks.max(1))) {
-            let widest = points.iter().map(|point| point.width).max().unwrap_or(0);
+            let widest = widest(points);
             match self.shadow.filter(|_| points.iter().any(|point| point.importance_min > 0.0)) {
                 Some(shadow) => {
                     let rows: Vec<_> =

@@ -28,6 +28,11 @@ pub(crate) fn piece_of(item_bytes: usize) -> usize {
     (PIECE_BYTES / item_bytes.max(1) / 4 * 4).max(4)
 }
 
+/// One past the last unit that a row can use.
+pub(crate) fn widest(points: &[Point]) -> usize {
+    points.iter().map(|point| point.width).max().unwrap_or(0)
+}
+
 /// The rows of one group, and the units that they need, by block.
 #[derive(Clone, Copy)]
 pub(crate) struct Group<'a, T> {
@@ -40,11 +45,6 @@ pub(crate) struct Group<'a, T> {
 impl<'a, T> Group<'a, T> {
     pub(crate) fn inputs<const N: usize>(&self) -> Inputs<'a, T, N> {
         Inputs::new(self.x, self.wide)
-    }
-
-    /// One past the last unit that a row can use.
-    pub(crate) fn widest(&self) -> usize {
-        self.points.iter().map(|point| point.width).max().unwrap_or(0)
     }
 
     /// Units `from..to` of those that block `b` needs, or fewer, and what probably comes next on this thread.

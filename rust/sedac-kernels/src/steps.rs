@@ -6,7 +6,7 @@ use crate::{
     arch::{Isa, LANE_UNITS},
     columns::{AddUnits, SumParts},
     element::Element,
-    groups::{piece_of, split, with_rows, Group},
+    groups::{piece_of, split, widest, with_rows, Group},
     hidden::Hide,
     linear::Rows,
     matrix::Matrix,
@@ -173,7 +173,7 @@ impl<T: Element> Call<'_, T> {
     ) -> Step<'a> {
         let f = self.weights.units();
         // Up to where a row's bits do not depend on how far the others reach.
-        let length = group.widest().next_multiple_of(STEP).min(f);
+        let length = widest(group.points).next_multiple_of(STEP).min(f);
         let wide = std::array::from_fn(|n| &hidden[n * f..][..length]);
         let inputs = Inputs { own: [&[] as &[T]; N], wide };
         let outputs = split_outputs::<T, N>(y, per_task);

@@ -1,4 +1,4 @@
-//! The compiled module `sedac_hf._rust`: registers the classes of its modules, and nothing else.
+//! The compiled module `sedac_hf._rust`: registers what its modules offer, and nothing else.
 
 mod arrays;
 mod controller;
@@ -23,4 +23,6 @@ mod _rust {
     use crate::probe::ProbeKernel;
     #[pymodule_export]
     use crate::strips::StripPlanner;
+    #[pymodule_export]
+    const MAX_ROWS: usize = sedac_kernels::MAX_ROWS;
 }

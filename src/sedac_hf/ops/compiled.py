@@ -21,7 +21,7 @@ except ImportError:  # the source tree without its compiled module: the engines 
 
 module = _rust
 
-MAX_ROWS = 16
+MAX_ROWS: int = 0 if module is None else module.MAX_ROWS
 """Most rows that a kernel runs; with more, products of matrices are the better way."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
