@@ -19,7 +19,10 @@ def public(names):
 def test_stubs_name_exactly_what_the_module_has():
     classes = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
     functions = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
-    assert set(classes) | set(functions) == public(vars(_rust))
+    constants = {
+        node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert set(classes) | set(functions) | constants == public(vars(_rust))
     for name, node in functions.items():
         assert list(inspect.signature(getattr(_rust, name)).parameters) == [arg.arg for arg in node.args.args], name
     for name, node in classes.items():
