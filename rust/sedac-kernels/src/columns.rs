@@ -38,19 +38,14 @@ impl<T: Element, const N: usize> Kernel for AddUnits<'_, '_, T, N> {
         for (i, turn) in fours.chunks(TURN).enumerate() {
             for (j, (four, values)) in turn.iter().zip(&mut kept).enumerate() {
                 let later = upcoming(units, next, 4 * (i * TURN + j) + 4);
-                let [near, nearer] = if j + 1 < turn.len() {
-                    [rows_of(weights, later[0], later[1]), rows_of(weights, later[2], later[3])]
-                } else {
-                    [columns(&turn[0]); 2]
-                };
-                *values = four_units(simd, weights, &inputs, *four, near, nearer);
+                let near = if j + 1 < turn.len() { rows_of(weights, later) } else { columns(&turn[0]) };
+                *values = four_units(simd, weights, &inputs, *four, near);
             }
             for (j, (four, values)) in turn.iter().zip(&kept).enumerate() {
                 let ahead = if let Some(four) = turn.get(j + 1) {
                     columns(four)
                 } else {
-                    let later = upcoming(units, next, 4 * (i * TURN + j) + 4);
-                    rows_of(weights, later[0], later[1])
+                    rows_of(weights, upcoming(units, next, 4 * (i * TURN + j) + 4))
                 };
                 add_rows(simd, *values, columns(four), &mut sums, ahead);
                 if let Some(hidden) = hidden.as_deref_mut() {

@@ -15,7 +15,7 @@ use std::{cell::Cell, sync::Mutex};
 use crate::{
     arch::{Isa, LANE_UNITS},
     element::Element,
-    groups::{widest, Group, GROUP_ROWS},
+    groups::{rows_of_group, widest, Group},
     rows::widened,
     runs::{Runs, RUNS},
     shadow::{Choose, Int8Row, Shadow},
@@ -109,18 +109,19 @@ impl<T: Element> Call<'_, T> {
             points.iter().map(|point| Point { width: point.width.min(f), ..*point }).collect();
         let widest = widest(&points);
         let blocks = widest.div_ceil(self.block);
-        let count = points.len().div_ceil(GROUP_ROWS);
+        let of_group = rows_of_group(points.len());
+        let count = points.len().div_ceil(of_group);
         space.chosen.resize_with(space.chosen.len().max(count * blocks), Vec::new);
         let wide = widened(self.isa, x);
-        let rows = points.chunks(GROUP_ROWS).zip(wide.chunks(GROUP_ROWS * d));
+        let rows = points.chunks(of_group).zip(wide.chunks(of_group * d));
         let chosen = &mut space.chosen[..count * blocks];
         self.choose(chosen, blocks, rows.clone());
         let chosen = &space.chosen[..count * blocks];
-        let of_group = |g: usize| &chosen[g * blocks..(g + 1) * blocks];
+        let units_of = |g: usize| &chosen[g * blocks..(g + 1) * blocks];
         let groups: Vec<_> = rows
-            .zip(x.chunks(GROUP_ROWS * d))
+            .zip(x.chunks(of_group * d))
             .enumerate()
-            .map(|(g, ((points, wide), x))| Group { points, x, wide, chosen: of_group(g) })
+            .map(|(g, ((points, wide), x))| Group { points, x, wide, chosen: units_of(g) })
             .collect();
         match self.weights.down {
             Down::Columns(down) => self.by_columns(down, &groups, &mut space.parts, y, hidden),

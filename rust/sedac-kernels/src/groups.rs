@@ -1,4 +1,4 @@
-//! Rows in groups of up to four, whose running sums fit the registers together.
+//! Rows in groups of up to six, whose running sums fit the registers together.
 //!
 //! Of a call with more rows, the groups take turns at each piece of the weights while it is in a core's cache, so that
 //! memory is read once. A group knows nothing of the others, and a row's bits do not depend on its group.
@@ -6,7 +6,7 @@
 use crate::{products::Inputs, site::Need, Point};
 
 /// Most rows of a group.
-pub(crate) const GROUP_ROWS: usize = 4;
+pub(crate) const GROUP_ROWS: usize = 6;
 /// What the groups take turns at: a quarter of the second-level cache of today's servers.
 const PIECE_BYTES: usize = 1 << 18;
 
@@ -17,11 +17,18 @@ macro_rules! with_rows {
             1 => $on.$method::<1>($($argument),*),
             2 => $on.$method::<2>($($argument),*),
             3 => $on.$method::<3>($($argument),*),
+            4 => $on.$method::<4>($($argument),*),
+            5 => $on.$method::<5>($($argument),*),
             _ => $on.$method::<{ $crate::groups::GROUP_ROWS }>($($argument),*),
         }
     };
 }
 pub(crate) use with_rows;
+
+/// Rows of each group but the last, which may have fewer: groups of one size, as few as can be.
+pub(crate) fn rows_of_group(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(GROUP_ROWS).max(1)).max(1)
+}
 
 /// How many items of a weight, of so many bytes each, the groups take turns at: a multiple of four.
 pub(crate) fn piece_of(item_bytes: usize) -> usize {
@@ -56,8 +63,9 @@ impl<'a, T> Group<'a, T> {
     }
 }
 
-/// A slice of all rows, as the slices of so many groups; empty ones where a row has no length.
-pub(crate) fn split<E>(all: &mut [E], row_length: usize, groups: usize) -> impl Iterator<Item = &mut [E]> {
-    let mut pieces = all.chunks_mut((GROUP_ROWS * row_length).max(1));
-    (0..groups).map(move |_| pieces.next().unwrap_or_default())
+/// A slice of all rows, as the slices of their groups; empty ones where a row has no length.
+pub(crate) fn split<E>(all: &mut [E], row_length: usize, rows: usize) -> impl Iterator<Item = &mut [E]> {
+    let of_group = rows_of_group(rows);
+    let mut pieces = all.chunks_mut((of_group * row_length).max(1));
+    (0..rows.div_ceil(of_group)).map(move |_| pieces.next().unwrap_or_default())
 }

@@ -3,7 +3,7 @@
 use crate::{
     arch::{Kernel, Simd},
     element::Element,
-    products::{dots, Inputs},
+    products::{dots, four_dots, Inputs},
     site::{Ffn, Need},
 };
 
@@ -26,9 +26,8 @@ impl<T: Element, const N: usize> Kernel for Hide<'_, '_, T, N> {
         let mut fours = units.chunks_exact(4);
         for (i, four) in fours.by_ref().enumerate() {
             let later = upcoming(units, next, 4 * i + 4);
-            let (near, nearer) = (rows_of(weights, later[0], later[1]), rows_of(weights, later[2], later[3]));
             let four = [four[0], four[1], four[2], four[3]];
-            store(four_units(simd, weights, &inputs, four, near, nearer), four, first, hidden);
+            store(four_units(simd, weights, &inputs, four, rows_of(weights, later)), four, first, hidden);
         }
         for &need in fours.remainder() {
             store([one_unit(simd, weights, &inputs, need)], [need], first, hidden);
@@ -51,9 +50,9 @@ pub(crate) fn store<const R: usize, const N: usize>(
     }
 }
 
-/// The four units that come at `at` and after, of this block and the next; the last one again where there is none.
+/// The two units that come at `at` and after, of this block and the next; the last one again where there is none.
 #[inline(always)]
-pub(crate) fn upcoming(units: &[Need], next: &[Need], at: usize) -> [usize; 4] {
+pub(crate) fn upcoming(units: &[Need], next: &[Need], at: usize) -> [usize; 2] {
     let last = units.last().map_or(0, |need| need.0 as usize);
     std::array::from_fn(|i| {
         let need = units.get(at + i).or_else(|| next.get((at + i).wrapping_sub(units.len())));
@@ -63,12 +62,12 @@ pub(crate) fn upcoming(units: &[Need], next: &[Need], at: usize) -> [usize; 4] {
 
 /// Gate's and up's rows of two units; without a gate, up's rows twice.
 #[inline(always)]
-pub(crate) fn rows_of<'a, T: Copy>(weights: &Ffn<'a, T>, a: usize, b: usize) -> [&'a [T]; 4] {
+pub(crate) fn rows_of<'a, T: Copy>(weights: &Ffn<'a, T>, [a, b]: [usize; 2]) -> [&'a [T]; 4] {
     let gate = weights.gate.as_ref().unwrap_or(&weights.up);
     [gate.row_near(a), weights.up.row_near(a), gate.row_near(b), weights.up.row_near(b)]
 }
 
-/// Hidden values of four units `[unit][row]`; `near` and `nearer` are brought near meanwhile.
+/// Hidden values of four units `[unit][row]`; `near` are brought near meanwhile.
 #[inline(always)]
 pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
     simd: S,
@@ -76,18 +75,11 @@ pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
     inputs: &Inputs<'_, T, N>,
     needs: [Need; 4],
     near: [&[T]; 4],
-    nearer: [&[T]; 4],
 ) -> [[f32; N]; 4] {
     let [a, b, c, d] = needs.map(|need| need.0 as usize);
     let up = |unit: usize| weights.up.row(unit);
     let Some(gate) = weights.gate else {
-        let z = if N == 1 {
-            dots(simd, [up(a), up(b), up(c), up(d)], inputs, near)
-        } else {
-            let first = dots(simd, [up(a), up(b)], inputs, [near[0], near[1]]);
-            let second = dots(simd, [up(c), up(d)], inputs, [near[2], near[3]]);
-            [first[0], first[1], second[0], second[1]]
-        };
+        let z = four_dots(simd, [up(a), up(b), up(c), up(d)], inputs, near);
         let mut values = [[0.0; N]; 4];
         for i in 0..4 {
             values[i] = finish(weights, needs[i], None, z[i]);
@@ -95,32 +87,16 @@ pub(crate) fn four_units<S: Simd, T: Element, const N: usize>(
         return values;
     };
     let gate = |unit: usize| gate.row(unit);
-    if N == 1 {
-        // The second pair's rows are read next, so they come first; the caller's come after.
-        let later = [gate(c), up(c), gate(d), up(d)];
-        let first = dots(simd, [gate(a), up(a), gate(b), up(b)], inputs, later);
-        let second = dots(simd, later, inputs, near);
-        return [
-            finish(weights, needs[0], Some(first[0]), first[1]),
-            finish(weights, needs[1], Some(first[2]), first[3]),
-            finish(weights, needs[2], Some(second[0]), second[1]),
-            finish(weights, needs[3], Some(second[2]), second[3]),
-        ];
-    }
-    let ahead = [
-        [gate(b), up(b), near[0]],
-        [gate(c), up(c), near[1]],
-        [gate(d), up(d), near[2]],
-        [near[3], nearer[0], nearer[1]],
-    ];
-    // A plain loop: what is called through a closure of the standard library is compiled without our instructions.
-    let mut values = [[0.0; N]; 4];
-    for i in 0..4 {
-        let unit = needs[i].0 as usize;
-        let [g, u] = dots(simd, [gate(unit), up(unit)], inputs, ahead[i]);
-        values[i] = finish(weights, needs[i], Some(g), u);
-    }
-    values
+    // The second pair's rows are read next, so they come first; the caller's come after.
+    let later = [gate(c), up(c), gate(d), up(d)];
+    let first = four_dots(simd, [gate(a), up(a), gate(b), up(b)], inputs, later);
+    let second = four_dots(simd, later, inputs, near);
+    [
+        finish(weights, needs[0], Some(first[0]), first[1]),
+        finish(weights, needs[1], Some(first[2]), first[3]),
+        finish(weights, needs[2], Some(second[0]), second[1]),
+        finish(weights, needs[3], Some(second[2]), second[3]),
+    ]
 }
 
 /// Hidden value of one unit for each row.

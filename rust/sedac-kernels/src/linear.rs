@@ -3,9 +3,9 @@
 use crate::{
     arch::{Isa, Kernel, Simd},
     element::Element,
-    groups::{split, with_rows, GROUP_ROWS},
+    groups::{rows_of_group, split, with_rows},
     matrix::Matrix,
-    products::{dots, dots_wide, Inputs},
+    products::{dots, four_dots, Inputs},
     rows::{split_outputs, tasks_of, widened},
     team::Team,
     Error, MAX_ROWS,
@@ -37,14 +37,15 @@ pub fn linear<T: Element>(
             return Err(Error::size(what, wanted, got));
         }
     }
-    let (groups, d) = (rows.div_ceil(GROUP_ROWS), weight.columns());
+    let (of_group, d) = (rows_of_group(rows), weight.columns());
+    let groups = rows.div_ceil(of_group);
     let map = Map { isa, weight, bias, per_task: tasks_of(weight.rows(), team, groups, d * size_of::<T>()) };
     let wide = widened(isa, x);
     let steps: Vec<_> = (0..rows)
-        .step_by(GROUP_ROWS)
-        .zip(split(y, weight.rows(), groups))
+        .step_by(of_group)
+        .zip(split(y, weight.rows(), rows))
         .map(|(from, y)| {
-            let to = rows.min(from + GROUP_ROWS);
+            let to = rows.min(from + of_group);
             with_rows!(to - from, map.of(&x[from * d..to * d], &wide[from * d..to * d], y))
         })
         .collect();
@@ -104,47 +105,17 @@ impl<T: Element, const N: usize> Kernel for Rows<'_, '_, T, N> {
         // Rows of four runs of memory at once, see `crate::runs`.
         let quarter = count / 4;
         for i in 0..quarter {
-            let products = four(
+            let products = four_dots(
                 simd,
-                &inputs,
                 std::array::from_fn(|r| row(i + r * quarter)),
+                &inputs,
                 std::array::from_fn(|r| row(i + 1 + r * quarter)),
             );
             products.into_iter().enumerate().for_each(|(r, products)| put(i + r * quarter, products));
         }
         for i in 4 * quarter..count {
-            let [products] = any(simd, [row(i)], &inputs, []);
+            let [products] = dots(simd, [row(i)], &inputs, []);
             put(i, products);
         }
-    }
-}
-
-#[inline(always)]
-fn four<S: Simd, T: Element, const N: usize>(
-    simd: S,
-    inputs: &Inputs<'_, T, N>,
-    rows: [&[T]; 4],
-    ahead: [&[T]; 4],
-) -> [[f32; N]; 4] {
-    if N == 1 {
-        return any(simd, rows, inputs, ahead);
-    }
-    // More running sums than two rows' do not fit the registers.
-    let first = any(simd, [rows[0], rows[1]], inputs, [ahead[0], ahead[1]]);
-    let second = any(simd, [rows[2], rows[3]], inputs, [ahead[2], ahead[3]]);
-    [first[0], first[1], second[0], second[1]]
-}
-
-#[inline(always)]
-fn any<S: Simd, T: Element, const R: usize, const N: usize, const P: usize>(
-    simd: S,
-    rows: [&[T]; R],
-    inputs: &Inputs<'_, T, N>,
-    ahead: [&[T]; P],
-) -> [[f32; N]; R] {
-    if inputs.own[0].is_empty() {
-        dots_wide(simd, rows, inputs.wide, ahead)
-    } else {
-        dots(simd, rows, inputs, ahead)
     }
 }

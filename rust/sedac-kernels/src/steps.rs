@@ -49,10 +49,10 @@ impl<T: Element> Call<'_, T> {
         let rows: usize = groups.iter().map(|group| group.points.len()).sum();
         parts.resize(parts.len().max(rows * blocks * d), 0.0);
         let parts = &mut parts[..rows * blocks * d];
-        let mut hidden = hidden.map(|hidden| split(hidden, self.weights.units(), groups.len()));
+        let mut hidden = hidden.map(|hidden| split(hidden, self.weights.units(), rows));
         let steps: Vec<_> = groups
             .iter()
-            .zip(split(parts, blocks * d, groups.len()))
+            .zip(split(parts, blocks * d, rows))
             .map(|(&group, parts)| {
                 let hidden = hidden.as_mut().map(|hidden| hidden.next().unwrap_or_default());
                 with_rows!(group.points.len(), self.adds(group, down, parts, hidden))
@@ -64,8 +64,8 @@ impl<T: Element> Call<'_, T> {
         let width = team.map_or(d, |team| d.div_ceil(team.threads()).next_multiple_of(LANE_UNITS)).max(1);
         let steps: Vec<_> = groups
             .iter()
-            .zip(split(parts, blocks * d, groups.len()))
-            .zip(split(y, d, groups.len()))
+            .zip(split(parts, blocks * d, rows))
+            .zip(split(y, d, rows))
             .map(|((group, parts), y)| with_rows!(group.points.len(), self.sums(parts, width, y)))
             .collect();
         let sum = |i: usize| steps.iter().for_each(|step| step(i));
@@ -127,10 +127,11 @@ impl<T: Element> Call<'_, T> {
         y: &mut [T],
     ) {
         let (f, d) = (self.weights.units(), self.weights.hidden_size());
+        let rows: usize = groups.iter().map(|group| group.points.len()).sum();
         hidden.fill(0.0);
         let steps: Vec<_> = groups
             .iter()
-            .zip(split(hidden, f, groups.len()))
+            .zip(split(hidden, f, rows))
             .map(|(&group, hidden)| with_rows!(group.points.len(), self.hides(group, hidden)))
             .collect();
         self.in_turns(groups, &steps, if self.weights.gate.is_some() { 2 } else { 1 });
@@ -138,8 +139,8 @@ impl<T: Element> Call<'_, T> {
         let per_task = tasks_of(d, self.team, groups.len(), f * size_of::<T>());
         let steps: Vec<_> = groups
             .iter()
-            .zip(split(hidden, f, groups.len()))
-            .zip(split(y, d, groups.len()))
+            .zip(split(hidden, f, rows))
+            .zip(split(y, d, rows))
             .map(|((&group, hidden), y)| {
                 with_rows!(group.points.len(), self.projects(group, down, hidden, per_task, y))
             })

@@ -28,6 +28,8 @@ pub(crate) const GROUP_BYTES: usize = LANE_UNITS * GROUP / 2;
 pub(crate) trait Simd: Copy {
     type F32s: Copy;
     const LANES: usize;
+    /// Running sums that fit the registers, next to what they are made of.
+    const SUMS: usize;
 
     fn splat(self, value: f32) -> Self::F32s;
     unsafe fn load(self, from: &[f32], at: usize) -> Self::F32s;
@@ -38,6 +40,19 @@ pub(crate) trait Simd: Copy {
     fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s;
     /// Sum over the lanes of `a` and `b`.
     fn sum(self, a: Self::F32s, b: Self::F32s) -> f32;
+
+    /// Sum over the lanes of each; the order of additions does not depend on how many there are.
+    #[inline(always)]
+    fn totals<const R: usize, const N: usize>(self, sums: [[Self::F32s; N]; R]) -> [[f32; N]; R] {
+        let mut totals = [[0.0; N]; R];
+        // Plain loops: through closures the running sums would be kept in memory.
+        for r in 0..R {
+            for n in 0..N {
+                totals[r][n] = self.sum(sums[r][n], self.splat(0.0));
+            }
+        }
+        totals
+    }
 
     /// Asks for the cache line at `from[at]` to be brought near (to the second-level cache); `at` may be past the end.
     #[inline(always)]

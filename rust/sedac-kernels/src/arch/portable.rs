@@ -19,6 +19,7 @@ fn lanes(of: impl Fn(usize) -> f32) -> [f32; LANES] {
 impl Simd for Portable {
     type F32s = [f32; LANES];
     const LANES: usize = LANES;
+    const SUMS: usize = 4;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F32s {

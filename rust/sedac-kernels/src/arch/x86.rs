@@ -86,6 +86,7 @@ fn prefetch_line<T>(from: &[T], at: usize) {
 impl Simd for Avx2 {
     type F32s = __m256;
     const LANES: usize = 8;
+    const SUMS: usize = 12;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
@@ -193,9 +194,55 @@ fn four(x: &[i8; GROUP], quad: usize) -> i32 {
     i32::from_le_bytes([x[at], x[at + 1], x[at + 2], x[at + 3]].map(i8::cast_unsigned))
 }
 
+/// Adds elements `k..k + 32 * LINES` of the products to the sums.
+///
+/// # Safety
+///
+/// The machine has bf16 products, and every row and input has these elements.
+#[inline(always)]
+unsafe fn add_dots_bf16<const R: usize, const N: usize, const P: usize, const LINES: usize>(
+    rows: [&[bf16]; R],
+    inputs: [&[bf16]; N],
+    ahead: [&[bf16]; P],
+    k: usize,
+    sums: &mut [[__m512; N]; R],
+) {
+    // SAFETY: the caller's. Any 64 bytes are a `__m512bh`: 32 bf16 numbers.
+    unsafe {
+        let load = |from: &[bf16], line: usize| -> __m512bh {
+            std::mem::transmute(_mm512_loadu_si512(from.as_ptr().add(k + 32 * line).cast()))
+        };
+        let zero: __m512bh = std::mem::transmute(_mm512_setzero_si512());
+        let mut loaded = [[zero; LINES]; R];
+        for r in 0..R {
+            // With one input, with every row again: a core whose queue of misses is full drops a request (asking once, a
+            // whole FFN of 896 x 4864 took 5 to 10% longer; into the first-level cache, 20%).
+            if r == 0 || N == 1 {
+                for next in ahead {
+                    for line in 0..LINES {
+                        prefetch_line(next, k + 32 * line);
+                    }
+                }
+            }
+            for line in 0..LINES {
+                loaded[r][line] = load(rows[r], line);
+            }
+        }
+        for n in 0..N {
+            for line in 0..LINES {
+                let input = load(inputs[n], line);
+                for r in 0..R {
+                    sums[r][n] = _mm512_dpbf16_ps(sums[r][n], loaded[r][line], input);
+                }
+            }
+        }
+    }
+}
+
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type F32s = __m512;
     const LANES: usize = 16;
+    const SUMS: usize = 24;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -238,8 +285,71 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 
     #[inline(always)]
     fn sum(self, a: __m512, b: __m512) -> f32 {
-        // SAFETY: `self` proves the instruction.
-        unsafe { _mm512_reduce_add_ps(_mm512_add_ps(a, b)) }
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let all = _mm512_add_ps(a, b);
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps::<1>(all));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn totals<const R: usize, const N: usize>(self, sums: [[__m512; N]; R]) -> [[f32; N]; R] {
+        let mut totals = [[0.0; N]; R];
+        if R * N < 8 {
+            for r in 0..R {
+                for n in 0..N {
+                    totals[r][n] = self.sum(sums[r][n], self.splat(0.0));
+                }
+            }
+            return totals;
+        }
+        // By sixteens, each pair of lanes that `sum` adds, in its order, for several sums at once. Plain loops: through
+        // closures the running sums would be kept in memory.
+        let mut from = 0;
+        while from < R * N {
+            let mut level = [self.splat(0.0); 16];
+            for i in 0..16 {
+                if from + i < R * N {
+                    level[i] = sums[(from + i) / N][(from + i) % N];
+                }
+            }
+            let mut kept = [0.0; 16];
+            // SAFETY: `self` proves the instructions; `kept` has 16 elements.
+            unsafe {
+                for i in 0..8 {
+                    let (a, b) = (level[2 * i], level[2 * i + 1]);
+                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+                    level[i] = _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b));
+                }
+                for i in 0..4 {
+                    let (a, b) = (level[2 * i], level[2 * i + 1]);
+                    let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                    level[i] = _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
+                }
+                for i in 0..2 {
+                    let (a, b) = (level[2 * i], level[2 * i + 1]);
+                    let low = _mm512_shuffle_ps::<0b01_00_01_00>(a, b);
+                    level[i] = _mm512_add_ps(low, _mm512_shuffle_ps::<0b11_10_11_10>(a, b));
+                }
+                let (a, b) = (level[0], level[1]);
+                let low = _mm512_shuffle_ps::<0b10_00_10_00>(a, b);
+                _mm512_storeu_ps(
+                    kept.as_mut_ptr(),
+                    _mm512_add_ps(low, _mm512_shuffle_ps::<0b11_01_11_01>(a, b)),
+                );
+            }
+            for i in 0..16 {
+                if from + i < R * N {
+                    // Fours of sums went to the four quarters of a vector.
+                    totals[(from + i) / N][(from + i) % N] = kept[4 * (i % 4) + i / 4];
+                }
+            }
+            from += 16;
+        }
+        totals
     }
 
     #[inline(always)]
@@ -258,41 +368,21 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             return None;
         }
         let d = inputs[0].len();
-        let whole = d / 64 * 64;
+        let whole = d / 32 * 32;
         assert!(rows.iter().chain(&inputs).all(|each| each.len() >= d));
-        let mut a = [[self.splat(0.0); N]; R];
-        let mut b = a;
+        let mut sums = [[self.splat(0.0); N]; R];
         let mut k = 0;
-        while k < whole {
-            // SAFETY: `self` with `BF16` proves the instructions. k + 64 <= whole <= d, which every row and input has
-            // (asserted above). Any 64 bytes are a `__m512bh`: 32 bf16 numbers.
-            unsafe {
-                let load = |from: &[bf16], at: usize| -> __m512bh {
-                    std::mem::transmute(_mm512_loadu_si512(from.as_ptr().add(at).cast()))
-                };
-                for (r, row) in rows.iter().enumerate() {
-                    // With every row again: a core whose queue of misses is full drops a request (asking once, a whole
-                    // FFN of 896 x 4864 took 5 to 10% longer; into the first-level cache, 20%).
-                    for next in ahead {
-                        prefetch_line(next, k);
-                        prefetch_line(next, k + 32);
-                    }
-                    let (first, second) = (load(row, k), load(row, k + 32));
-                    for (n, input) in inputs.iter().enumerate() {
-                        a[r][n] = _mm512_dpbf16_ps(a[r][n], first, load(input, k));
-                        b[r][n] = _mm512_dpbf16_ps(b[r][n], second, load(input, k + 32));
-                    }
-                }
-            }
+        while N == 1 && k + 64 <= whole {
+            // SAFETY: k + 64 <= whole <= d, which every row and input has (asserted above); `BF16` proves the products.
+            unsafe { add_dots_bf16::<R, N, P, 2>(rows, inputs, ahead, k, &mut sums) };
             k += 64;
         }
-        // Plain loops: through closures the running sums would be kept in memory.
-        let mut products = [[0.0; N]; R];
-        for r in 0..R {
-            for n in 0..N {
-                products[r][n] = self.sum(a[r][n], b[r][n]);
-            }
+        while k < whole {
+            // SAFETY: the same for k + 32.
+            unsafe { add_dots_bf16::<R, N, P, 1>(rows, inputs, ahead, k, &mut sums) };
+            k += 32;
         }
+        let mut products = self.totals(sums);
         if whole < d {
             for (row, products) in rows.iter().zip(&mut products) {
                 for (input, product) in inputs.iter().zip(products) {
