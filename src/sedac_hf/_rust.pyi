@@ -16,6 +16,7 @@ __all__ = [
     "ProbeKernel",
     "StripPlanner",
     "instruction_sets",
+    "product",
     "read_memory",
     "read_rows",
     "set_openmp",
@@ -86,6 +87,15 @@ class ParameterBlock:
 
 def instruction_sets() -> list[str]: ...
 def set_openmp(address: int) -> None: ...
+def product(
+    matrix: tuple[int, int, int, int],
+    bias: int,
+    x: int,
+    y: int,
+    rows: int,
+    threads: int,
+    isa_name: str | None = None,
+) -> None: ...
 def read_memory(address: int, bytes: int, threads: int) -> float: ...
 def read_rows(matrices: list[tuple[int, int, int, int]], rows: int, n_rows: int, threads: int) -> float: ...
 

@@ -17,6 +17,7 @@ from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.rust_linear import CpuLinear
+from sedac_hf.ops.rust_product import MOST_ROWS, accepts, product
 from tests.cut_cases import Recorder, assert_as_good_as_plain, masked, random_weights, relative_error, site_cut
 from tests.kernel_cases import DTYPES, case, threads
 
@@ -179,6 +180,48 @@ def test_linear_maps_that_do_not_fit():
     assert not CpuLinear.fits(weight.as_subclass(Subclass), None)
     with pytest.raises(ValueError, match="1 to 16 rows"):
         CpuLinear(weight, None).run(torch.ones(17, 4))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 40), st.booleans())
+def test_the_product_by_units(inputs, outputs, rows, bias):
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(inputs, outputs, generator=generator).bfloat16().T
+    b = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    y = product(x, weight, b)
+    exact = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    plain = relative_error(functional.linear(x, weight.contiguous(), b), exact)
+    assert relative_error(y, exact) <= 2 * plain + 2 * torch.finfo(torch.bfloat16).eps
+    with threads(1):
+        assert torch.equal(product(x.view(1, rows, inputs), weight, b), y[None])
+    assert torch.equal(product(x[:1], weight, b), y[:1])
+
+
+@pytest.mark.skipif("avx512-bf16" not in _rust.instruction_sets() if available() else True, reason="no bf16 products")
+def test_which_products_by_units_are_accepted():
+    weight, x = torch.randn(4, 6).bfloat16().T, torch.randn(2, 4).bfloat16()
+    bias = torch.ones(6).bfloat16()
+    assert accepts(x, weight, None)
+    assert accepts(x, weight, bias)
+    assert accepts(x.expand(3, 2, 4).contiguous(), weight, bias)
+    assert not accepts(x, weight.contiguous(), None)  # the usual layout
+    assert not accepts(x, weight, bias.float())
+    assert not accepts(x, weight, torch.ones(12).bfloat16()[::2])
+    assert not accepts(x.float(), weight, None)
+    assert not accepts(x.float(), weight.float(), None)
+    assert not accepts(x.to("meta"), weight, None)
+    assert not accepts(torch.randn(4, 2).bfloat16().T, weight, None)
+    assert not accepts(torch.randn(2, 3).bfloat16(), weight, None)
+    assert not accepts(x[:1], weight, None)
+    assert not accepts(x[:1].expand(MOST_ROWS + 1, 4).contiguous(), weight, None)
+    assert not accepts(x, weight.as_subclass(Subclass), None)
+    wanted = weight.detach().requires_grad_()
+    assert not accepts(x, wanted, None)
+    with torch.no_grad():
+        assert accepts(x, wanted, None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not accepts(x, wanted, None)
 
 
 def test_engines_of_a_mixed_batch_agree_in_what_they_record():

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from sedac_hf import SedacForCausalLM
+from sedac_hf import SedacConfig, SedacForCausalLM
+from sedac_hf.ops import rust_product
 from sedac_hf.ops.compiled import MAX_ROWS, available
-from sedac_hf.runtime import decode_linears
+from sedac_hf.runtime import decode_linears, units_linears
 from sedac_hf.runtime.forward_pass import current_pass
 from tests.kernel_cases import own_threads, threads
 from tests.policies import random_policy
@@ -119,6 +120,33 @@ def test_few_rows_take_the_kernel_and_many_do_not():
     x = torch.randn(2, 64, requires_grad=True)
     assert linear.module(x).requires_grad
     assert linear.module(x.detach()).requires_grad, "its weight wants one"
+
+
+@pytest.mark.skipif(not rust_product.available(), reason="no bf16 products")
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_prompts_whole_ffns_take_the_product_by_units(family, monkeypatch):
+    base = tiny_model(family).bfloat16()
+    model = SedacForCausalLM.from_base(base, SedacConfig(extra_memory=1.0))
+    ids = token_ids(2, 20)
+    expected = base(ids).logits
+    model.install(random_policy(model.runtime, "select"))
+    calls = []
+    real = units_linears.product
+    monkeypatch.setattr(units_linears, "product", lambda *args: calls.append(args) or real(*args))
+    with model.full_width():
+        whole = model(ids).logits
+        assert len(calls) == len(model.runtime.sites)
+        torch.testing.assert_close(whole, expected, rtol=0.05, atol=0.05)
+        model(token_ids(7, 20))
+        assert len(calls) == len(model.runtime.sites), "too many rows"
+    model.generate(ids, max_new_tokens=1, consistent=True)
+    assert len(calls) == 2 * len(model.runtime.sites), "a prompt runs whole"
+    with model.disable():
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model.unload()(ids).logits, expected)
+    assert len(calls) == 2 * len(model.runtime.sites)
+    assert nothing_left(base)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-//! `FfnKernel` and `LinearKernel` for Python: `sedac-kernels` on the memory of torch tensors.
+//! `FfnKernel`, `LinearKernel` and `product` for Python: `sedac-kernels` on the memory of torch tensors.
 //!
 //! Tensors come as addresses: torch's bf16 has no `NumPy` type, and making views costs more than a call. Whoever makes a
 //! kernel (`sedac_hf.ops` alone) keeps the tensors alive and unmoved as long as the kernel, with the sizes
@@ -13,7 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use half::{bf16, f16};
 use pyo3::{exceptions::PyValueError, prelude::*};
 use sedac_kernels::{
-    ffn, linear, Activation, Down, Element, Ffn, Isa, Matrix, OwnThreads, Point, Serial, Shadow, Team, Used,
+    ffn, linear, product, Activation, Down, Element, Ffn, Isa, Matrix, OwnThreads, Point, Serial, Shadow,
+    Team, Used,
 };
 
 use crate::openmp::{self, OpenMp};
@@ -302,4 +303,33 @@ impl LinearKernel {
             linear::<T>(self.isa, team, matrix(self.weight)?, bias, x, y, rows)
         }
     }
+}
+
+/// `y = x M + b` in bf16 for any number of rows: x, y and b (0: none) are addresses.
+#[pyfunction(name = "product")]
+#[pyo3(signature = (matrix, bias, x, y, rows, threads, isa_name = None))]
+#[allow(clippy::too_many_arguments)] // one argument per thing that a call is about
+pub(crate) fn py_product(
+    py: Python<'_>,
+    matrix: Placed,
+    bias: usize,
+    x: usize,
+    y: usize,
+    rows: usize,
+    threads: usize,
+    isa_name: Option<&str>,
+) -> PyResult<()> {
+    let isa = isa(isa_name)?;
+    let (_, inputs, outputs, _) = matrix;
+    py.detach(|| {
+        with_team(threads, |team| {
+            // SAFETY: the module's promise.
+            unsafe {
+                let bias = (bias != 0).then(|| slice(bias, outputs));
+                let (x, y) = (slice(x, rows * inputs), slice_mut(y, rows * outputs));
+                product(isa, team, self::matrix(matrix)?, bias, x, y, rows)
+            }
+        })
+    })
+    .map_err(to_py)
 }

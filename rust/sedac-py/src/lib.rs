@@ -16,7 +16,9 @@ mod _rust {
     #[pymodule_export]
     use crate::controller::{CascadeController, ForwardPass};
     #[pymodule_export]
-    use crate::kernels::{instruction_sets, read_memory, read_rows, set_openmp, FfnKernel, LinearKernel};
+    use crate::kernels::{
+        instruction_sets, py_product, read_memory, read_rows, set_openmp, FfnKernel, LinearKernel,
+    };
     #[pymodule_export]
     use crate::parameter_block::ParameterBlock;
     #[pymodule_export]

@@ -38,6 +38,7 @@ from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, s
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
 from sedac_hf.runtime.stats import SedacStats, Tally, strip_costs
+from sedac_hf.runtime.units_linears import units_linears
 from sedac_hf.runtime.weights import PreparedWeights
 
 logger = logging.get_logger(__name__)
@@ -288,6 +289,8 @@ class SedacRuntime:
                 ours = {id(linear) for site in self.sites for linear in site.linears}
                 self.decode_linears = tuple(decode_linears(self.model, ours, self.planner.linear_by_kernel))
                 others = [(linear.module, linear.forward) for linear in self.decode_linears]
+                if self.policy is not None and self.policy.cut == "select":
+                    others += [(linear.module, linear.forward) for linear in units_linears(self.sites)]
                 attachment.replace_forwards(execution.untouched(others))
         except BaseException:
             attachment.detach()

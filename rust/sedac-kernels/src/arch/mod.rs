@@ -27,6 +27,8 @@ pub(crate) const GROUP_BYTES: usize = LANE_UNITS * GROUP / 2;
 #[allow(unsafe_code)]
 pub(crate) trait Simd: Copy {
     type F32s: Copy;
+    /// `bf16` numbers of two rows: each 32-bit lane has the first row's in its lower half.
+    type Pairs: Copy;
     const LANES: usize;
     /// Running sums that fit the registers, next to what they are made of.
     const SUMS: usize;
@@ -54,6 +56,14 @@ pub(crate) trait Simd: Copy {
         totals
     }
 
+    /// Stores the lanes at the start of `to`.
+    #[inline(always)]
+    fn put(self, value: Self::F32s, to: &mut [f32]) {
+        assert!(to.len() >= Self::LANES);
+        // SAFETY: they are there.
+        unsafe { self.store(value, to, 0) }
+    }
+
     /// Asks for the cache line at `from[at]` to be brought near (to the second-level cache); `at` may be past the end.
     #[inline(always)]
     fn prefetch<T>(self, from: &[T], at: usize) {
@@ -71,6 +81,12 @@ pub(crate) trait Simd: Copy {
         let _ = (rows, inputs, ahead);
         None
     }
+
+    fn no_pairs(self) -> Self::Pairs;
+    /// Elements `at..` of two rows.
+    fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> Self::Pairs;
+    /// `sum + first * by[0] + second * by[1]`, lane by lane.
+    fn add_pairs(self, pairs: Self::Pairs, by: [bf16; 2], sum: Self::F32s) -> Self::F32s;
 
     /// `sum over g of scale[g][u] * (corrections[g] + sum over i of code[g][u][i] * x[g][i])` for the 16 units of each
     /// of `R` blocks, codes 0..=15; see [`crate::shadow`] for the layout.

@@ -18,6 +18,7 @@ fn lanes(of: impl Fn(usize) -> f32) -> [f32; LANES] {
 
 impl Simd for Portable {
     type F32s = [f32; LANES];
+    type Pairs = [u32; LANES];
     const LANES: usize = LANES;
     const SUMS: usize = 4;
 
@@ -68,6 +69,25 @@ impl Simd for Portable {
             }
         }
         sums[0]
+    }
+
+    #[inline(always)]
+    fn no_pairs(self) -> Self::Pairs {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> Self::Pairs {
+        std::array::from_fn(|i| {
+            u32::from(first[at + i].to_bits()) | u32::from(second[at + i].to_bits()) << 16
+        })
+    }
+
+    #[inline(always)]
+    fn add_pairs(self, pairs: Self::Pairs, by: [bf16; 2], sum: Self::F32s) -> Self::F32s {
+        let (low, high) =
+            (lanes(|i| f32::from_bits(pairs[i] << 16)), lanes(|i| f32::from_bits(pairs[i] & !0xffff)));
+        self.mul_add(high, self.splat(by[1].to_f32()), self.mul_add(low, self.splat(by[0].to_f32()), sum))
     }
 
     #[inline(always)]

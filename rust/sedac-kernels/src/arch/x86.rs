@@ -85,6 +85,7 @@ fn prefetch_line<T>(from: &[T], at: usize) {
 
 impl Simd for Avx2 {
     type F32s = __m256;
+    type Pairs = __m256i;
     const LANES: usize = 8;
     const SUMS: usize = 12;
 
@@ -141,6 +142,33 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch<T>(self, from: &[T], at: usize) {
         prefetch_line(from, at);
+    }
+
+    #[inline(always)]
+    fn no_pairs(self) -> __m256i {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> __m256i {
+        let (first, second) = (&first[at..at + 8], &second[at..at + 8]);
+        // SAFETY: `self` proves the instructions, and each has 8 elements.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.as_ptr().cast()));
+            _mm256_or_si256(low, _mm256_slli_epi32::<16>(high))
+        }
+    }
+
+    #[inline(always)]
+    fn add_pairs(self, pairs: __m256i, by: [bf16; 2], sum: __m256) -> __m256 {
+        // SAFETY: `self` proves the instructions.
+        let (low, high) = unsafe {
+            let high = _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff));
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(high))
+        };
+        self.mul_add(high, self.splat(by[1].to_f32()), self.mul_add(low, self.splat(by[0].to_f32()), sum))
     }
 
     #[inline(always)]
@@ -241,6 +269,7 @@ unsafe fn add_dots_bf16<const R: usize, const N: usize, const P: usize, const LI
 
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type F32s = __m512;
+    type Pairs = __m512i;
     const LANES: usize = 16;
     const SUMS: usize = 24;
 
@@ -392,6 +421,42 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             }
         }
         Some(products)
+    }
+
+    #[inline(always)]
+    fn no_pairs(self) -> __m512i {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> __m512i {
+        let (first, second) = (&first[at..at + 16], &second[at..at + 16]);
+        // SAFETY: `self` proves the instructions, and each has 16 elements.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.as_ptr().cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.as_ptr().cast()));
+            _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+        }
+    }
+
+    #[inline(always)]
+    fn add_pairs(self, pairs: __m512i, by: [bf16; 2], sum: __m512) -> __m512 {
+        if BF16 {
+            let both = u32::from(by[0].to_bits()) | u32::from(by[1].to_bits()) << 16;
+            // SAFETY: `self` with `BF16` proves the instructions. Any 64 bytes are a `__m512bh`: 32 bf16 numbers.
+            return unsafe {
+                let pairs: __m512bh = std::mem::transmute(pairs);
+                let both: __m512bh = std::mem::transmute(_mm512_set1_epi32(both.cast_signed()));
+                _mm512_dpbf16_ps(sum, pairs, both)
+            };
+        }
+        // SAFETY: `self` proves the instructions.
+        let (low, high) = unsafe {
+            let high = _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(high))
+        };
+        self.mul_add(high, self.splat(by[1].to_f32()), self.mul_add(low, self.splat(by[0].to_f32()), sum))
     }
 
     #[inline(always)]

@@ -20,6 +20,7 @@ mod errors;
 mod laws;
 mod linear;
 mod numbers;
+mod panels;
 mod probe;
 mod reference;
 mod spec;
