@@ -1,8 +1,9 @@
-"""What torch makes of down's weights that lie by units, as `select` lays them out, by number of rows.
+"""Products with down's weights that lie by units, as `select` lays them out, by number of rows.
 
-The kernels read single units of such weights. Products of more rows than they take run by torch, whose time may
-depend on the layout: `time/usual` is that by units over that of `nn.Linear`, for one of the three products of an FFN.
-A sample goes through so many matrices that none is in a cache.
+The kernels read single units of such weights. Products of more rows than they take run by torch, whose time depends on
+the layout, or in bfloat16 by a compiled product: `units/usual` is torch's time by units over torch's with the usual
+layout, `ours/usual` the compiled product's, for one of the three products of an FFN. A sample goes through so many
+matrices that none is in a cache.
 
     python benchmarks/layout.py [--shape HIDDENxUNITS] [--rows N]
 """
@@ -19,18 +20,22 @@ from timing import about, take_turns
 from torch import Tensor
 from torch.nn import functional
 
+from sedac_hf.ops.rust_product import accepts, product
+
 SHAPES = ("896x4864", "2048x8192")
-ROWS = (1, 5, 16, 32, 64, 256)
+ROWS = (1, 2, 5, 16, 32, 64, 128, 256)
 LEAST_BYTES = 150e6  # of the matrices of a sample
 ROUNDS = 15
 
 
-def one_by_one(x: Tensor, weights: list[Tensor]) -> Callable[[], None]:
+def one_by_one(
+    x: Tensor, weights: list[Tensor], run: Callable[[Tensor, Tensor, None], Tensor] = functional.linear
+) -> Callable[[], None]:
     """All products of a sample."""
 
     def call() -> None:
         for weight in weights:
-            functional.linear(x, weight)
+            run(x, weight, None)
 
     return call
 
@@ -45,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     machine = about()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"\n{'shape':>12}  {'dtype':9}{'rows':>5}{'usual, us':>11}{'by units':>10}{'time/usual':>12}  n")
+    print(f"\n{'shape':>12}  {'dtype':9}{'rows':>5}{'usual, us':>11}{'units/usual':>13}{'ours/usual':>12}  n")
     lines = []
     for shape in args.shape or SHAPES:
         d, f = (int(size) for size in shape.split("x"))
@@ -57,13 +62,16 @@ def main() -> None:
             for rows in args.rows or ROWS:
                 x = torch.randn(rows, f).to(dtype)
                 calls = {"usual": one_by_one(x, usual), "by units": one_by_one(x, by_units)}
+                if accepts(x, by_units[0], None):
+                    calls["ours"] = one_by_one(x, by_units, product)
                 samples = take_turns(calls, rounds=ROUNDS, seconds=args.seconds)
                 times = {key: taken.median / count for key, taken in samples.items()}
-                ratio = times["by units"] / times["usual"]
-                lines.append({"shape": shape, "dtype": name, "rows": rows, "time_over_usual": ratio, "s": times})
+                over = {key: seconds / times["usual"] for key, seconds in times.items()}
+                lines.append({"shape": shape, "dtype": name, "rows": rows, "time_over_usual": over, "s": times})
+                ours = f"{over['ours']:.2f}" if "ours" in over else "-"
                 print(
-                    f"{shape:>12}  {name:9}{rows:>5}{1e6 * times['usual']:>11.0f}{1e6 * times['by units']:>10.0f}"
-                    f"{ratio:>12.2f}  {samples['by units'].count}",
+                    f"{shape:>12}  {name:9}{rows:>5}{1e6 * times['usual']:>11.0f}{over['by units']:>13.2f}{ours:>12}"
+                    f"  {samples['by units'].count}",
                     flush=True,
                 )
     if args.json:

@@ -114,10 +114,6 @@ impl Kernel for Slab<'_, '_> {
             let count = (inputs - first).min(2 * PAIRS);
             for p in 0..count.div_ceil(2) {
                 let input = first + 2 * p;
-                for i in 0..2 {
-                    let later = &matrix.row_near(input + i + 2 * PAIRS)[from..];
-                    (0..width).step_by(32).for_each(|at| simd.prefetch(later, at));
-                }
                 let both =
                     [matrix.row_near(input), matrix.row_near(input + 1)].map(|row| &row[from..from + width]);
                 let whole = if input + 1 < inputs { width / panel } else { 0 };
@@ -136,10 +132,12 @@ impl Kernel for Slab<'_, '_> {
                         std::array::from_fn(|v| simd.pairs(&padded[0], &padded[1], v * S::LANES));
                 }
             }
-            for (sums, pairs) in sums.chunks_mut(rows).zip(packed.chunks(PAIRS)) {
+            for (c, (sums, pairs)) in sums.chunks_mut(rows).zip(packed.chunks(PAIRS)).enumerate() {
                 for (g, sums) in sums.chunks_mut(of_group).enumerate() {
                     let x = &x[g * of_group * inputs..];
-                    let group = Group { simd, pairs: &pairs[..count.div_ceil(2)], x, inputs, first, count };
+                    let next = (g == 0).then_some((first + 2 * PAIRS, from + c * panel));
+                    let pairs = &pairs[..count.div_ceil(2)];
+                    let group = Group { simd, matrix, pairs, x, first, count, next };
                     with_rows!(sums.len(), group.add(sums));
                 }
             }
@@ -162,22 +160,32 @@ impl Kernel for Slab<'_, '_> {
 /// What some inputs add to the sums of a few rows.
 struct Group<'a, S: Simd> {
     simd: S,
+    matrix: Matrix<'a, bf16>,
     pairs: &'a [[S::Pairs; VECTORS]],
     /// From the group's first row on.
     x: &'a [bf16],
-    inputs: usize,
     first: usize,
     count: usize,
+    /// From which input and column on the panel is packed next: to be brought near, bit by bit, since a core whose queue
+    /// of misses is full drops requests.
+    next: Option<(usize, usize)>,
 }
 
 impl<S: Simd> Group<'_, S> {
     #[inline(always)]
     fn add<const N: usize>(&self, sums: &mut [[S::F32s; VECTORS]]) {
-        let Self { simd, pairs, x, inputs, first, count } = *self;
+        let Self { simd, matrix, pairs, x, first, count, next } = *self;
         let mut totals = [[simd.splat(0.0); VECTORS]; N];
         totals.copy_from_slice(sums);
-        let x: [&[bf16]; N] = std::array::from_fn(|n| &x[n * inputs + first..][..count]);
+        let x: [&[bf16]; N] = std::array::from_fn(|n| &x[n * matrix.rows() + first..][..count]);
         for (p, pair) in pairs[..count / 2].iter().enumerate() {
+            if let Some((input, column)) = next {
+                for i in 0..2 {
+                    let row = matrix.row_near(input + 2 * p + i);
+                    simd.prefetch(row, column);
+                    simd.prefetch(row, column + 32);
+                }
+            }
             for n in 0..N {
                 let both = [x[n][2 * p], x[n][2 * p + 1]];
                 for v in 0..VECTORS {
