@@ -9,8 +9,9 @@ A decoder of a real shape with random weights, `generate` with one row, in one r
     auto         wrapped, as `generate` chooses under a `select` policy of the share asked for
     auto, 95%    the same where little is to be gained: it must not lose
 
-Times are medians of single decode steps of all rounds, the prompt and the first steps left out. On a machine whose
-compiled kernels are quicker than torch's, "full width" is below 1; `--engine strips` shows the hooks without them.
+Times are medians of single decode steps of all rounds, the prompt and the first steps left out; with `--prompt N` of
+whole prompts of N tokens instead, which `generate` runs at full width under `select`. On a machine whose compiled
+kernels are quicker than torch's, "full width" is below 1; `--engine strips` shows the hooks without them.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Samples, about, time_tokens
+from timing import Samples, about, time_tokens, timed
 
 from sedac_hf import SedacConfig, SedacForCausalLM
 from sedac_hf.evaluation.random_decoders import SHAPES, forced_policy, random_decoder
 from sedac_hf.evaluation.speed import TokenClock
 
 PROMPT, WARM_UP = 16, 4
+PROMPTS = 4  # per variant and round
 LITTLE_TO_GAIN = 0.95
 
 
 class Case:
     """One decoder, wrapped, with two policies."""
 
-    def __init__(self, shape: str, dtype: torch.dtype, share: float, engine: str, **sizes: Any) -> None:
+    def __init__(
+        self, shape: str, dtype: torch.dtype, share: float, engine: str, prompt: int = PROMPT, **sizes: Any
+    ) -> None:
         base = random_decoder(shape, dtype=dtype, **sizes)
         self.model = SedacForCausalLM.from_base(base, SedacConfig(engine=engine))
         runtime = self.model.runtime
@@ -46,7 +50,7 @@ class Case:
         self.share, self.choices = share, dict[str, str]()
         self.model.install(self.policy)
         vocabulary = base.get_input_embeddings().weight.shape[0]
-        self.ids = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+        self.ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(1))
         self.steps(self.model, 2, None)  # `generate` measures its choice while the policy is in place
 
     def steps(self, model: Any, tokens: int, clock: TokenClock | None) -> None:
@@ -93,8 +97,8 @@ class Case:
         }
 
 
-def measured(case: Case, tokens: int, rounds: int) -> dict[str, Samples]:
-    """Decode steps by variant; each round starts with another one."""
+def measured(case: Case, tokens: int, rounds: int, *, prompts: bool = False) -> dict[str, Samples]:
+    """Decode steps, or prompts, by variant; each round starts with another one."""
     variants = case.variants()
     samples = {name: Samples() for name in variants}
     names = list(variants)
@@ -103,6 +107,10 @@ def measured(case: Case, tokens: int, rounds: int) -> dict[str, Samples]:
         for name in names[shift:] + names[:shift]:
             with variants[name]() as model:
                 case.steps(model, WARM_UP, None)
+                if prompts:
+                    for _ in range(PROMPTS):
+                        timed(partial(case.steps, model, 1, None), samples[name])
+                    continue
                 time_tokens(lambda clock, m=model: case.steps(m, tokens, clock), samples[name], skip=2)
     return samples
 
@@ -114,6 +122,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
     parser.add_argument("--share", type=float, default=0.30, help="needed share of the FFN bytes under the policy")
     parser.add_argument("--engine", default="auto", help="as in `SedacConfig`")
+    parser.add_argument("--prompt", type=int, help="time prompts of so many tokens")
     parser.add_argument("--tokens", type=int, default=24, help="per variant and round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -123,16 +132,17 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about_run.items()))
     cases = []
     for dtype in args.dtype or ("float32", "bfloat16"):
-        case = Case(args.shape, getattr(torch, dtype), args.share, args.engine, **sizes)
-        samples = measured(case, args.tokens, args.rounds)
+        case = Case(args.shape, getattr(torch, dtype), args.share, args.engine, args.prompt or PROMPT, **sizes)
+        samples = measured(case, args.tokens, args.rounds, prompts=args.prompt is not None)
         base = samples["base"].median
-        print(f"\n{args.shape}, {dtype}, one row; random weights: speed only")
-        print(f"  {'':14}{'ms/token':>10}{'tokens/s':>10}{'time/base':>11}  n")
+        what = f"prompts of {args.prompt} tokens" if args.prompt else "decode steps"
+        print(f"\n{args.shape}, {dtype}, one row, {what}; random weights: speed only")
+        print(f"  {'':14}{'ms':>10}{'per second':>12}{'time/base':>11}  n")
         rows = {}
         for name, taken in samples.items():
             rows[name] = {**taken.to_dict(), "time_over_base": taken.median / base, "chose": case.choices.get(name)}
             print(
-                f"  {name:14}{1e3 * taken.median:>10.2f}{1 / taken.median:>10.1f}{taken.median / base:>11.3f}"
+                f"  {name:14}{1e3 * taken.median:>10.2f}{1 / taken.median:>12.1f}{taken.median / base:>11.3f}"
                 f"  {taken.count}  {case.choices.get(name, '')}",
                 flush=True,
             )

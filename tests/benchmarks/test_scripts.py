@@ -74,6 +74,8 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert case["rows"]["base"]["time_over_base"] == 1
     assert all(row["taken"] > 0 for row in case["rows"].values())
     assert all(case["rows"][name]["chose"] for name in names if name.startswith("auto"))
+    figures = run(overhead, monkeypatch, tmp_path, "--dtype", "float32", "--prompt", "20", *SIZES)
+    assert list(figures["cases"][0]["rows"]) == names
 
 
 def test_controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

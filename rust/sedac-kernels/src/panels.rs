@@ -110,6 +110,7 @@ impl Kernel for Slab<'_, '_> {
         // By panel, then by row; by panel, then by pair.
         let mut sums = vec![[simd.splat(0.0); VECTORS]; panels * rows];
         let mut packed = vec![[simd.no_pairs(); VECTORS]; panels * PAIRS];
+        let mut near = vec![[[bf16::ZERO; 2]; PAIRS]; rows];
         for first in (0..inputs).step_by(2 * PAIRS) {
             let count = (inputs - first).min(2 * PAIRS);
             for p in 0..count.div_ceil(2) {
@@ -132,12 +133,15 @@ impl Kernel for Slab<'_, '_> {
                         std::array::from_fn(|v| simd.pairs(&padded[0], &padded[1], v * S::LANES));
                 }
             }
+            for (near, x) in near.iter_mut().zip(x.chunks_exact(inputs)) {
+                let near = near.as_flattened_mut();
+                near[..count].copy_from_slice(&x[first..first + count]);
+                near[count..].fill(bf16::ZERO);
+            }
             for (c, (sums, pairs)) in sums.chunks_mut(rows).zip(packed.chunks(PAIRS)).enumerate() {
-                for (g, sums) in sums.chunks_mut(of_group).enumerate() {
-                    let x = &x[g * of_group * inputs..];
+                for (g, (sums, x)) in sums.chunks_mut(of_group).zip(near.chunks(of_group)).enumerate() {
                     let next = (g == 0).then_some((first + 2 * PAIRS, from + c * panel));
-                    let pairs = &pairs[..count.div_ceil(2)];
-                    let group = Group { simd, matrix, pairs, x, first, count, next };
+                    let group = Group { simd, matrix, pairs: &pairs[..count.div_ceil(2)], x, next };
                     with_rows!(sums.len(), group.add(sums));
                 }
             }
@@ -162,10 +166,7 @@ struct Group<'a, S: Simd> {
     simd: S,
     matrix: Matrix<'a, bf16>,
     pairs: &'a [[S::Pairs; VECTORS]],
-    /// From the group's first row on.
-    x: &'a [bf16],
-    first: usize,
-    count: usize,
+    x: &'a [[[bf16; 2]; PAIRS]],
     /// From which input and column on the panel is packed next: to be brought near, bit by bit, since a core whose queue
     /// of misses is full drops requests.
     next: Option<(usize, usize)>,
@@ -174,11 +175,11 @@ struct Group<'a, S: Simd> {
 impl<S: Simd> Group<'_, S> {
     #[inline(always)]
     fn add<const N: usize>(&self, sums: &mut [[S::F32s; VECTORS]]) {
-        let Self { simd, matrix, pairs, x, first, count, next } = *self;
+        let Self { simd, matrix, pairs, x, next } = *self;
         let mut totals = [[simd.splat(0.0); VECTORS]; N];
         totals.copy_from_slice(sums);
-        let x: [&[bf16]; N] = std::array::from_fn(|n| &x[n * matrix.rows() + first..][..count]);
-        for (p, pair) in pairs[..count / 2].iter().enumerate() {
+        let x = &x[..N];
+        for (p, pair) in pairs.iter().enumerate().take(PAIRS) {
             if let Some((input, column)) = next {
                 for i in 0..2 {
                     let row = matrix.row_near(input + 2 * p + i);
@@ -187,17 +188,8 @@ impl<S: Simd> Group<'_, S> {
                 }
             }
             for n in 0..N {
-                let both = [x[n][2 * p], x[n][2 * p + 1]];
                 for v in 0..VECTORS {
-                    totals[n][v] = simd.add_pairs(pair[v], both, totals[n][v]);
-                }
-            }
-        }
-        if count % 2 == 1 {
-            for n in 0..N {
-                let both = [x[n][count - 1], bf16::ZERO];
-                for v in 0..VECTORS {
-                    totals[n][v] = simd.add_pairs(pairs[count / 2][v], both, totals[n][v]);
+                    totals[n][v] = simd.add_pairs(pair[v], x[n][p], totals[n][v]);
                 }
             }
         }
