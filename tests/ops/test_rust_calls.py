@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from sedac_hf.errors import ConfigError
-from sedac_hf.ops import OperatingPoint, cut_ffn
+from sedac_hf.ops import OperatingPoint, cut_ffn, rust_product
 from sedac_hf.ops.compiled import MAX_ROWS, available
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_cpu import CpuFFN
@@ -198,7 +198,7 @@ def test_the_product_by_units(inputs, outputs, rows, bias):
     assert torch.equal(product(x[:1], weight, b), y[:1])
 
 
-@pytest.mark.skipif("avx512-bf16" not in _rust.instruction_sets() if available() else True, reason="no bf16 products")
+@pytest.mark.skipif(not rust_product.available(), reason="no bf16 products")
 def test_which_products_by_units_are_accepted():
     weight, x = torch.randn(4, 6).bfloat16().T, torch.randn(2, 4).bfloat16()
     bias = torch.ones(6).bfloat16()
@@ -218,8 +218,9 @@ def test_which_products_by_units_are_accepted():
     assert not accepts(x, weight.as_subclass(Subclass), None)
     wanted = weight.detach().requires_grad_()
     assert not accepts(x, wanted, None)
+    assert not accepts(x, weight, bias.clone().requires_grad_())
     with torch.no_grad():
-        assert accepts(x, wanted, None)
+        assert accepts(x, wanted, bias.clone().requires_grad_())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not accepts(x, wanted, None)
 

@@ -122,6 +122,15 @@ def test_few_rows_take_the_kernel_and_many_do_not():
     assert linear.module(x.detach()).requires_grad, "its weight wants one"
 
 
+def test_a_bias_alone_can_learn():
+    model = decoding("gpt_neox")
+    linear = next(linear for linear in model.runtime.decode_linears if linear.module.bias is not None)
+    linear.module.weight.requires_grad_(False)
+    assert linear.module(torch.randn(2, linear.shape[1])).requires_grad, "its bias wants a gradient"
+    linear.module.bias.requires_grad_(False)
+    assert not linear.module(torch.randn(2, linear.shape[1])).requires_grad
+
+
 @pytest.mark.skipif(not rust_product.available(), reason="no bf16 products")
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "phi3"])

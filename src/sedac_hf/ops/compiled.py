@@ -113,6 +113,11 @@ def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see what is computed from these tensors, so that no kernel may."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def rows_are_runs(matrix: Tensor) -> bool:
     """Whether each row is one run of memory, and rows do not overlap."""
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]

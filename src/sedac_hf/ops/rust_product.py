@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops import compiled
-from sedac_hf.ops.compiled import address, is_plain, placed, rows_are_runs
+from sedac_hf.ops.compiled import address, is_plain, placed, rows_are_runs, wants_gradient
 from sedac_hf.ops.threads import kernel_threads
 
 LEAST_ROWS, MOST_ROWS = 2, 128
@@ -40,7 +40,7 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.is_contiguous()
         and LEAST_ROWS <= x.numel() // weight.shape[1] <= MOST_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not wants_gradient(x, weight, bias)
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
-from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.compiled import MAX_ROWS, wants_gradient
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.forward_pass import current_pass
@@ -73,9 +73,7 @@ class DecodeLinear:
             kernel = CpuLinear(weight, bias) if fits else None
             self.shape = (outputs, inputs, weight.dtype)
             self._kernel = (place, kernel)
-        if kernel is None or not kernel.accepts(x):
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if kernel is None or not kernel.accepts(x) or wants_gradient(x, weight, bias):
             return None
         state = current_pass.get()
         if state is None:
