@@ -10,15 +10,17 @@ use std::sync::Mutex;
 use half::bf16;
 
 use crate::{
-    arch::{Isa, Kernel, Simd},
+    arch::{Isa, Kernel, Simd, LANE_UNITS},
     groups::{rows_of_group, with_rows},
     matrix::Matrix,
     team::Team,
     Error,
 };
 
-/// Vectors of columns in a panel.
+/// Vectors of columns in a panel: the sums of six rows fill the registers of AVX-512.
 const VECTORS: usize = 4;
+/// Columns in a panel of the widest vectors.
+const PANEL: usize = VECTORS * LANE_UNITS;
 /// Pairs of inputs that a panel holds at a time.
 const PAIRS: usize = 32;
 /// Panels of a task, at most: enough for rows of the matrix to be read in long runs.
@@ -49,44 +51,21 @@ pub fn product(
             return Err(Error::size(what, wanted, got));
         }
     }
-    if !y.is_empty() {
-        in_slabs(isa, team, matrix, bias, x, y);
+    if y.is_empty() {
+        return Ok(());
     }
-    Ok(())
-}
-
-fn in_slabs(
-    isa: Isa,
-    team: &dyn Team,
-    matrix: Matrix<'_, bf16>,
-    bias: Option<&[bf16]>,
-    x: &[bf16],
-    y: &mut [bf16],
-) {
-    let panel = VECTORS * isa.run(Lanes);
-    let panels = matrix.columns().div_ceil(panel);
-    let width = panel * panels.div_ceil(panels.div_ceil(PANELS).next_multiple_of(team.threads()));
+    let panels = outputs.div_ceil(PANEL);
+    let width = PANEL * panels.div_ceil(panels.div_ceil(PANELS).next_multiple_of(team.threads()));
     let mut slabs: Vec<Vec<&mut [bf16]>> = Vec::new();
-    slabs.resize_with(matrix.columns().div_ceil(width), Vec::new);
-    for row in y.chunks_exact_mut(matrix.columns()) {
+    slabs.resize_with(outputs.div_ceil(width), Vec::new);
+    for row in y.chunks_exact_mut(outputs) {
         slabs.iter_mut().zip(row.chunks_mut(width)).for_each(|(slab, part)| slab.push(part));
     }
     let slabs: Vec<_> = slabs.into_iter().map(Mutex::new).collect();
     team.run(slabs.len(), &|i| {
-        let mut outputs = slabs[i].lock().expect("each task is run once");
-        isa.run(Slab { matrix, bias, x, from: i * width, outputs: &mut outputs });
+        isa.run(Slab { matrix, bias, x, from: i * width, outputs: &slabs[i] });
     });
-}
-
-struct Lanes;
-
-impl Kernel for Lanes {
-    type Output = usize;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> usize {
-        S::LANES
-    }
+    Ok(())
 }
 
 /// Columns `from..` of the product, as many as the outputs of each row are long.
@@ -95,7 +74,7 @@ struct Slab<'a, 'b> {
     bias: Option<&'a [bf16]>,
     x: &'a [bf16],
     from: usize,
-    outputs: &'a mut [&'b mut [bf16]],
+    outputs: &'a Mutex<Vec<&'b mut [bf16]>>,
 }
 
 impl Kernel for Slab<'_, '_> {
@@ -104,12 +83,14 @@ impl Kernel for Slab<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { matrix, bias, x, from, outputs } = self;
+        let mut outputs = outputs.lock().expect("each task is run once");
         let (inputs, rows, width) = (matrix.rows(), outputs.len(), outputs[0].len());
         let (panel, of_group) = (VECTORS * S::LANES, rows_of_group(rows));
         let panels = width.div_ceil(panel);
         // By panel, then by row; by panel, then by pair.
         let mut sums = vec![[simd.splat(0.0); VECTORS]; panels * rows];
-        let mut packed = vec![[simd.no_pairs(); VECTORS]; panels * PAIRS];
+        let none = [bf16::ZERO; LANE_UNITS];
+        let mut packed = vec![[simd.pairs(&none, &none, 0); VECTORS]; panels * PAIRS];
         let mut near = vec![[[bf16::ZERO; 2]; PAIRS]; rows];
         for first in (0..inputs).step_by(2 * PAIRS) {
             let count = (inputs - first).min(2 * PAIRS);
@@ -124,7 +105,7 @@ impl Kernel for Slab<'_, '_> {
                 }
                 for c in whole..panels {
                     // Zeros behind the last column, and for the second of a pair that has none.
-                    let mut padded = [[bf16::ZERO; VECTORS * 16]; 2];
+                    let mut padded = [[bf16::ZERO; PANEL]; 2];
                     for (row, padded) in both.iter().zip(&mut padded).take(inputs - input) {
                         let row = &row[c * panel..width.min((c + 1) * panel)];
                         padded[..row.len()].copy_from_slice(row);
@@ -148,7 +129,7 @@ impl Kernel for Slab<'_, '_> {
         }
         for (n, output) in outputs.iter_mut().enumerate() {
             for (c, output) in output.chunks_mut(panel).enumerate() {
-                let mut values = [0.0; VECTORS * 16];
+                let mut values = [0.0; PANEL];
                 for (v, sum) in sums[c * rows + n].iter().enumerate() {
                     simd.put(*sum, &mut values[v * S::LANES..]);
                 }

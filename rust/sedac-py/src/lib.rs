@@ -3,6 +3,8 @@
 mod arrays;
 mod controller;
 mod kernels;
+mod machine;
+mod memory;
 mod openmp;
 mod parameter_block;
 mod probe;
@@ -16,9 +18,9 @@ mod _rust {
     #[pymodule_export]
     use crate::controller::{CascadeController, ForwardPass};
     #[pymodule_export]
-    use crate::kernels::{
-        instruction_sets, py_product, read_memory, read_rows, set_openmp, FfnKernel, LinearKernel,
-    };
+    use crate::kernels::{py_product, FfnKernel, LinearKernel};
+    #[pymodule_export]
+    use crate::machine::{instruction_sets, read_memory, read_rows, set_openmp};
     #[pymodule_export]
     use crate::parameter_block::ParameterBlock;
     #[pymodule_export]

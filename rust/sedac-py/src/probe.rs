@@ -1,6 +1,6 @@
 //! `ProbeKernel` for Python: a probe of `sedac-kernels` on the memory of torch tensors.
 //!
-//! Addresses and their promise are those of [`crate::kernels`].
+//! Addresses and their promise are those of [`crate::memory`].
 
 #![allow(unsafe_code)]
 
@@ -9,7 +9,7 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use sedac_kernels::{risks, Element, Isa, Probe};
 
-use crate::kernels::{matrix, slice, to_py, Dtype, Placed};
+use crate::memory::{matrix, slice, to_py, Dtype, Placed};
 
 /// One probe.
 #[pyclass(frozen, module = "sedac_hf._rust")]

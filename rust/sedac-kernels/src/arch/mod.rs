@@ -82,7 +82,6 @@ pub(crate) trait Simd: Copy {
         None
     }
 
-    fn no_pairs(self) -> Self::Pairs;
     /// Elements `at..` of two rows.
     fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> Self::Pairs;
     /// `sum + first * by[0] + second * by[1]`, lane by lane.

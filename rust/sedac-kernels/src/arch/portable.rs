@@ -72,11 +72,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn no_pairs(self) -> Self::Pairs {
-        [0; LANES]
-    }
-
-    #[inline(always)]
     fn pairs(self, first: &[bf16], second: &[bf16], at: usize) -> Self::Pairs {
         std::array::from_fn(|i| {
             u32::from(first[at + i].to_bits()) | u32::from(second[at + i].to_bits()) << 16
