@@ -71,6 +71,7 @@ def spread_probes(runtime: SedacRuntime, generator: torch.Generator) -> ProbeBan
             if idx not in hidden:  # a layer that does not run
                 continue
             probe = bank[layer]
+            probe.down.bias.zero_()
             probe.down.weight.copy_(torch.randn(probe.down.weight.shape, generator=generator))
             probe.out.weight.copy_(torch.randn(probe.out.weight.shape, generator=generator))
             probe.out.bias.zero_()

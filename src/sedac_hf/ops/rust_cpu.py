@@ -43,14 +43,14 @@ class CpuFFN:
         self.selects = shadow is not None
         self.whole_points = [OperatingPoint(self.intermediate_size)] * MAX_ROWS
         self._most = MAX_ROWS * self.hidden_size
-        by_columns = rows_are_runs(weights.down.T)
+        self.by_units = rows_are_runs(weights.down.T)
         self._kernel = compiled.module.FfnKernel(
             str(weights.up.dtype).removeprefix("torch."),
             name,
             None if weights.gate is None else placed(weights.gate),
             placed(weights.up),
-            placed(weights.down.T if by_columns else weights.down),
-            by_columns,
+            placed(weights.down.T if self.by_units else weights.down),
+            self.by_units,
             (address(weights.gate_bias), address(weights.up_bias), address(weights.down_bias)),
             None if shadow is None else tuple(address(table) for table in shadow),
             isa,

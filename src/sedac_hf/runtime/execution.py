@@ -51,6 +51,11 @@ class Execution:
         shape = call_shape(args, dict(kwargs))
         n_tokens = 0 if shape is None else shape[0] * shape[1]
         around = close_left_open(runtime)  # no pass runs within one of the same model
+        generation = current_generation.get()
+        ours = generation is not None and generation.runtime is runtime
+        if not ours:  # a plain call gives the same whatever ran before it
+            runtime.layouts.follow(cut=True)
+        runtime.layouts.enter()
         state = ForwardPass(runtime, n_tokens, shape=shape, previous=around)
         current_pass.set(state)
         if shape is None:
@@ -60,8 +65,6 @@ class Execution:
         if torch.is_grad_enabled():
             _keep_passes(runtime.model)
         runtime.tally.begin(state.n_tokens)
-        generation = current_generation.get()
-        ours = generation is not None and generation.runtime is runtime
         if runtime.weights.uses_kernels and state.n_tokens <= MAX_ROWS and not torch.is_autocast_enabled("cpu"):
             if runtime.decode_linears:
                 state.torch_alone = begin_step()
@@ -84,6 +87,7 @@ class Execution:
         if state is None or state.runtime is not runtime:
             return
         current_pass.set(state.previous)
+        runtime.layouts.leave()
         if torch.is_grad_enabled() and runtime.model.training:
             let_passes_go(runtime.model)
         if state.torch_alone:

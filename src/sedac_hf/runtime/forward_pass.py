@@ -107,9 +107,12 @@ class ForwardPass:
     decoded: list[tuple[int, bool, bool, int, int]] = field(default_factory=list)
 
     def left_open(self) -> ForwardPass | None:
-        """End a pass whose forward was interrupted; gives the one around it."""
-        if self.torch_alone:
-            end_step()
+        """End a pass whose forward was interrupted, if that was not done yet; gives the one around it."""
+        if not self.over:
+            self.over = True
+            self.runtime.layouts.leave()
+            if self.torch_alone:
+                end_step()
         return self.previous
 
     @property
@@ -148,10 +151,12 @@ def _run_within(
 def generating(call: GenerationCall) -> Iterator[None]:
     """The length of a ``generate`` call; closes passes that an interrupt left open, for which no hook runs."""
     token = current_generation.set(call)
+    call.runtime.layouts.enter()
     try:
         with closing_passes():
             yield
     finally:
+        call.runtime.layouts.leave()
         current_generation.reset(token)
         call.runtime.tally.choice(call.choice)
 

@@ -1,5 +1,5 @@
-"""What one ``generate`` call does, decided once before it starts, from times measured here: cut or full width, and
-which linear maps run by the compiled kernels.
+"""What one ``generate`` call does, decided once before it starts, from times measured here: cut or full width, in
+which layout the weights lie then, and which linear maps run by the compiled kernels.
 
 A measurement takes a fraction of a second, is made once per number of rows, and is kept until policy, device or dtype
 change.
@@ -12,12 +12,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.ffn.experts import Experts
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import SiteCut
@@ -48,7 +49,10 @@ class GenerationPlanner:
         self._by_kernel: dict[tuple[object, ...], bool] = {}
 
     def choose(self, rows: int, *, consistent: bool = False) -> tuple[bool, str]:
-        """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent``: cut whatever it costs, unmeasured."""
+        """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent``: cut whatever it costs, unmeasured.
+
+        The weights are laid out for it, where nobody else reads them.
+        """
         runtime = self._runtime
         if runtime.policy is None:
             return False, "not calibrated"
@@ -56,11 +60,21 @@ class GenerationPlanner:
             return False, "disabled"  # and weights lie otherwise than when they are cut: nothing to measure
         if runtime.sharded:
             return True, "the ranks of a tensor-parallel base must choose alike, so nothing is measured"
-        if consistent:
-            return True, "asked for"
         if rows == 0:
             return False, "no rows"
-        self._compare_kernels(rows)
+        cut, reason = self._choice(rows, consistent)
+        runtime.layouts.follow(cut=cut)
+        if not consistent:
+            self._compare_kernels(rows)
+        return cut, reason
+
+    def _choice(self, rows: int, consistent: bool) -> tuple[bool, str]:
+        runtime = self._runtime
+        assert runtime.policy is not None
+        if runtime.whole_depth:
+            return False, "asked for"
+        if consistent:
+            return True, "asked for"
         weight = runtime.sites[-1].weight
         key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
@@ -140,10 +154,10 @@ class GenerationPlanner:
             return False, "the FFNs of this model run by masking, which saves nothing"
         site = runtime.sites[timed[0]]
         x = _noise(rows, site.hidden_size).to(site.weight)
-        pairs = [self._whole_and_cut(i, x) for i in timed]
-        whole_time, cut_time = interleaved(
-            in_turns([whole for whole, _ in pairs], [cut for _, cut in pairs]), x.device
-        )
+        with runtime.layouts.side_by_side(timed) as (as_usual, by_units):
+            self._compare_kernels(rows)
+            calls = in_turns([self._whole(i, x) for i in as_usual], [self._cut(i, x) for i in by_units])
+            whole_time, cut_time = interleaved(calls, x.device)
         (decide_time,) = interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
         whole_step = whole_time * len(governed)
         gain = whole_step - cut_time * len(governed) - decide_time * len(runtime.checkpoint_layers)
@@ -152,8 +166,19 @@ class GenerationPlanner:
             return False, f"cutting does not pay: {figures}"
         return True, f"cutting pays: {figures}"
 
-    def _whole_and_cut(self, i: int, x: Tensor) -> tuple[Call, Call]:
-        """Site i whole, and cut at the typical level."""
+    def _whole(self, i: int, x: Tensor) -> Call:
+        """Site i at full width, as it would run."""
+        runtime = self._runtime
+        rows, site = x.shape[0], runtime.sites[i]
+        if site.experts is not None:
+            return functools.partial(site.owner, *_experts_input(site.experts, x))
+        kernel = runtime.weights.kernel(i) if rows <= MAX_ROWS else None
+        if isinstance(kernel, CpuFFN) and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
+            return functools.partial(kernel.whole, x)
+        return functools.partial(site.owner, x)
+
+    def _cut(self, i: int, x: Tensor) -> Call:
+        """Site i cut at the typical level."""
         runtime, policy = self._runtime, self._runtime.policy
         assert policy is not None
         rows, site = x.shape[0], runtime.sites[i]
@@ -168,13 +193,9 @@ class GenerationPlanner:
             kernel=kernel,
         )
         if site.experts is not None:
-            experts, kernels = site.experts, runtime.weights.expert_kernels(i)
-            given = experts.reading.arguments(experts.count, x, *_routing(rows, experts.top_k, experts.count, x))
-            return functools.partial(site.owner, *given), functools.partial(experts.output, given, cut, kernels)
-        whole: Call = functools.partial(site.owner, x)
-        if isinstance(kernel, CpuFFN) and kernel.accepts(x) and self.whole_by_kernel(kernel, rows, kernel_threads()):
-            whole = functools.partial(kernel.whole, x)
-        return whole, functools.partial(cut_ffn, x, site.weights(), cut)
+            kernels = runtime.weights.expert_kernels(i)
+            return functools.partial(site.experts.output, _experts_input(site.experts, x), cut, kernels)
+        return functools.partial(cut_ffn, x, site.weights(), cut)
 
     @torch.no_grad()
     def _decide_once(self, x: Tensor, rows: int) -> None:
@@ -189,7 +210,7 @@ class GenerationPlanner:
 
 
 def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:
-    return "ffn", kernel.intermediate_size, kernel.hidden_size, kernel.dtype
+    return "ffn", kernel.intermediate_size, kernel.hidden_size, kernel.dtype, kernel.by_units
 
 
 def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
@@ -231,10 +252,12 @@ def _noise(rows: int, size: int) -> Tensor:
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(0))
 
 
-def _routing(rows: int, top_k: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Experts [rows, top_k], other ones for each row as far as there are any, of equal weight."""
+def _experts_input(experts: Experts, x: Tensor) -> tuple[Any, ...]:
+    """Arguments of a module of experts for x [rows, d]: other experts for each row as far as there are any, of equal
+    weight."""
+    rows, top_k, count = x.shape[0], experts.top_k, experts.count
     index = torch.arange(rows * top_k).remainder(count).view(rows, top_k)
-    return index.to(like.device), like.new_full((rows, top_k), 1 / top_k)
+    return experts.reading.arguments(count, x, index.to(x.device), x.new_full((rows, top_k), 1 / top_k))
 
 
 def _forget(**_: object) -> None:

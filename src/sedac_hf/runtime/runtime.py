@@ -34,6 +34,7 @@ from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
+from sedac_hf.runtime.layouts import Layouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
@@ -117,6 +118,7 @@ class SedacRuntime:
         self.forcing: Forced | None = None
         self.probes_decide = True
         self.on_decision: OnDecision | None = None
+        self.layouts = Layouts(self)
         self.planner = GenerationPlanner(self)
         self.captured = CapturedExecution(self)
         self.place_checkpoints(checkpoint_layers)
@@ -194,7 +196,7 @@ class SedacRuntime:
             self.weights.reorder(self.running_policy.channel_order)
             if policy.cut == "select":
                 self.build_shadows(shadow_bits)
-                self.weights.lay_out_by_units()
+                self.weights.lay_out(self.layouts.by_choice)
             self.attach()
         except BaseException:
             self.uninstall()
@@ -224,6 +226,7 @@ class SedacRuntime:
         self.weights.check_restorable()
         self.detach()
         self.captured.reset()
+        self.layouts.fixed = False
         self.weights.restore()
         self.policy = self.running_policy = self.probes = self._controller = None
 
@@ -385,6 +388,8 @@ class SedacRuntime:
         if call is None or call.runtime is not self:
             return
         choice = self.planner.choose_captured(call.rows, consistent=call.consistent)
+        if self.attached and self.policy is not None:
+            self.layouts.fix(readers=1)  # this call's own
         if choice is not None:
             call.full_width, call.reason = not choice[0], choice[1]
 

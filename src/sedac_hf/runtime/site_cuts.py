@@ -46,6 +46,10 @@ class SiteCuts:
             "_known": [None] * len(self._known),
         }  # they hold kernels, which are made of addresses
 
+    def forget(self) -> None:
+        """Let the kernels go that are remembered: weights have moved, and a kernel may hold what they were."""
+        self._known = [None] * len(self._known)
+
     def cut(self, i: int) -> SiteCut | None:
         """What site i is to do in the running pass; None: run untouched."""
         runtime = self._runtime

@@ -49,7 +49,7 @@ class PreparedWeights:
         self._uses_triton = "triton" in kernels
         self.shadows: list[Decider | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
-        self._by_units: tuple[nn.Module, ...] | None = None  # the modules laid out by units; None: not asked for
+        self._by_units: dict[int, tuple[nn.Module, ...]] = {}  # of the FFNs that lie by units: the modules changed
         self._kernels = self._no_kernels()
         self._of_experts: dict[int, LayerKernels] = {}
 
@@ -91,19 +91,19 @@ class PreparedWeights:
             raise
         self._orders = tuple(orders)
 
-    def lay_out_by_units(self) -> None:
-        """Lay the weights out so that single units can be read quickly, where kernels are used."""
+    def lay_out(self, by_units: Collection[int]) -> bool:
+        """Have these FFNs' weights lie so that single units can be read quickly, where kernels are used, and the
+        others' as usual. Gives whether any have moved."""
         read_by_units = [*(["cpu"] if self.uses_kernels else []), *([kernel_device()] if self._uses_triton else [])]
-        if not read_by_units or self._by_units is not None:
-            return
-        self._by_units = ()
-        for site in self.sites:
-            self._by_units += lay_out_by_units(site, read_by_units)
-
-    def _lay_out_as_usual(self) -> bool:
-        modules, self._by_units = self._by_units, None
-        lay_out_as_usual(modules or ())
-        return modules is not None
+        wanted = {self._first[i] for i in by_units} if read_by_units else set()
+        if wanted == self._by_units.keys():
+            return False
+        self._kernels, self._of_experts = self._no_kernels(), {}
+        for i in [i for i in self._by_units if i not in wanted]:
+            lay_out_as_usual(self._by_units.pop(i))
+        for i in sorted(wanted - self._by_units.keys()):
+            self._by_units[i] = lay_out_by_units(self.sites[i], read_by_units)
+        return True
 
     def restore(self) -> None:
         """Natural order, the usual layout, no shadows.
@@ -112,7 +112,7 @@ class PreparedWeights:
             UnsupportedModelError: weights have been offloaded since; nothing has been changed.
         """
         self.check_restorable()
-        self._lay_out_as_usual()
+        self.lay_out(())
         self._undo()
         self.shadows = [None] * len(self.sites)
         self._kernels = self._no_kernels()
@@ -138,14 +138,14 @@ class PreparedWeights:
         """The base's weights as they came, order and layout, for the length of a ``with`` block. Not for concurrent
         use."""
         self.check_restorable()
-        by_units = self._lay_out_as_usual()
+        by_units = tuple(self._by_units)
+        self.lay_out(())
         orders = self._undo()
         try:
             yield
         finally:
             self.reorder(orders)
-            if by_units:
-                self.lay_out_by_units()
+            self.lay_out(by_units)
 
     def natural_down(self, site: int) -> Tensor:
         """A copy of an FFN's down matrix, float32 [d, f] on the CPU, units in natural order whatever is in place."""
