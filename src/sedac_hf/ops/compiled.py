@@ -6,6 +6,7 @@ Kernels are given addresses, so whoever makes one has to be sure of what lies th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,10 @@ except ImportError:  # the source tree without its compiled module: the engines 
 module = _rust
 
 MAX_ROWS: int = 0 if module is None else module.MAX_ROWS
-"""Most rows that a kernel runs; with more, products of matrices are the better way."""
+"""Most rows that a kernel runs at once."""
+
+MOST_IN_TURNS = 8 * MAX_ROWS
+"""Most rows that kernels run `MAX_ROWS` at a time, where that is quicker than torch's products of matrices."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,6 +95,13 @@ def _in_words(matrix: Tensor) -> tuple[int, int, int, int]:
         "reading rows takes CPU matrices whose rows are runs of 32-bit words, got "
         f"{list(matrix.shape)} in {matrix.dtype} on {matrix.device} with strides {matrix.stride()}"
     )
+
+
+def turns(rows: int) -> list[tuple[int, int]]:
+    """Ranges of at most `MAX_ROWS` rows each, as few and as even as can be: each reads all weights."""
+    count = -(-rows // MAX_ROWS)
+    ends = [rows * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(ends))
 
 
 def check_input(x: Tensor, size: int, dtype: torch.dtype) -> None:

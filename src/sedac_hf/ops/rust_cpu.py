@@ -15,7 +15,16 @@ from torch import Tensor
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import compiled
 from sedac_hf.ops.activations import name_of
-from sedac_hf.ops.compiled import MAX_ROWS, address, check_input, is_plain, placed, rows_are_runs
+from sedac_hf.ops.compiled import (
+    MAX_ROWS,
+    MOST_IN_TURNS,
+    address,
+    check_input,
+    is_plain,
+    placed,
+    rows_are_runs,
+    turns,
+)
 from sedac_hf.ops.contract import Compensation, FFNWeights, OperatingPoint, ShadowTables, SiteCut
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.ops.tokens import compensated
@@ -43,6 +52,7 @@ class CpuFFN:
         self.selects = shadow is not None
         self.whole_points = [OperatingPoint(self.intermediate_size)] * MAX_ROWS
         self._most = MAX_ROWS * self.hidden_size
+        self._most_in_turns = MOST_IN_TURNS * self.hidden_size
         self.by_units = rows_are_runs(weights.down.T)
         self._kernel = compiled.module.FfnKernel(
             str(weights.up.dtype).removeprefix("torch."),
@@ -105,16 +115,31 @@ class CpuFFN:
         return y, needed, read
 
     def whole(self, x: Tensor) -> Tensor:
-        """The whole FFN: x [n, d] -> y [n, d]."""
-        return self.run(x, self.whole_points[: x.shape[0]])[0]
+        """The whole FFN: x [n, d] -> y [n, d], of any number of rows."""
+        if x.shape[0] <= MAX_ROWS:
+            return self.run(x, self.whole_points[: x.shape[0]])[0]
+        return self.whole_in_turns(x, kernel_threads())
 
-    def accepts(self, x: Tensor) -> bool:
-        """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient."""
+    def whole_in_turns(self, x: Tensor, threads: int) -> Tensor:
+        """`whole` without checks, for x [..., d] of so many rows that they take turns."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        row = self.hidden_size * x.element_size()
+        for lo, hi in turns(x.numel() // self.hidden_size):
+            points = self.whole_points[: hi - lo]
+            self._kernel.run(x.data_ptr() + lo * row, y.data_ptr() + lo * row, points, threads, 0)
+        return y
+
+    def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
+        """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient.
+
+        in_turns: up to `MOST_IN_TURNS` rows.
+        """
         # A decode step asks this for each FFN: no device or shape objects are made.
         return (
             x.dtype is self.dtype
             and x.size(-1) == self.hidden_size
-            and 0 < x.numel() <= self._most
+            and 0 < x.numel() <= (self._most_in_turns if in_turns else self._most)
             and x.is_cpu
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weights.learns))
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops import compiled
-from sedac_hf.ops.compiled import MAX_ROWS, address, check_input, is_plain, placed, rows_are_runs
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, address, check_input, is_plain, placed, rows_are_runs, turns
 from sedac_hf.ops.threads import kernel_threads
 
 
@@ -17,7 +17,7 @@ class CpuLinear:
         self._keep = (weight, bias)
         self.dtype = weight.dtype
         self.inputs, self.outputs = weight.shape[1], weight.shape[0]
-        self._most = MAX_ROWS * self.inputs
+        self._most = MOST_IN_TURNS * self.inputs
         self._outputs_like: dict[tuple[int, int, int], Tensor] = {}
         self._kernel = compiled.module.LinearKernel(
             str(weight.dtype).removeprefix("torch."), placed(weight), address(bias), isa
@@ -44,7 +44,7 @@ class CpuLinear:
         return self.run_accepted(x.contiguous(), kernel_threads())
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether `run_accepted` may be called with this input: 1 to `MAX_ROWS` rows as they must lie."""
+        """Whether `run_accepted` may be called with this input: 1 to `MOST_IN_TURNS` rows as they must lie."""
         return (
             x.dtype is self.dtype
             and x.size(-1) == self.inputs
@@ -54,9 +54,16 @@ class CpuLinear:
         )
 
     def run_accepted(self, x: Tensor, threads: int) -> Tensor:
-        """`run` without its checks, for inputs that `accepts` has seen."""
-        y = torch.empty_like(x if self.outputs == self.inputs else self._output_like(x))
-        self._kernel.run(x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, threads)
+        """`run` without its checks, for inputs that `accepts` has seen; more than `MAX_ROWS` rows take turns."""
+        rows = x.numel() // self.inputs
+        if rows <= MAX_ROWS:
+            y = torch.empty_like(x if self.outputs == self.inputs else self._output_like(x))
+            self._kernel.run(x.data_ptr(), y.data_ptr(), rows, threads)
+            return y
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        row, out = self.inputs * x.element_size(), self.outputs * y.element_size()
+        for lo, hi in turns(rows):
+            self._kernel.run(x.data_ptr() + lo * row, y.data_ptr() + lo * out, hi - lo, threads)
         return y
 
     def _output_like(self, x: Tensor) -> Tensor:

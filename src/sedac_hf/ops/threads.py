@@ -37,6 +37,11 @@ def parallel_address() -> int:
         return 0
 
 
+def kernels_join_torch() -> bool:
+    """Whether kernels run on torch's own threads, so that the two can take turns without cost."""
+    return parallel_address() != 0
+
+
 def _runtime_in_use() -> str | None:
     if "OpenMP" not in torch.__config__.parallel_info() or not _MAPS.exists():
         return None

@@ -1,7 +1,8 @@
 """The large linear maps of a decoder besides its FFNs (attention projections, the head), for a few rows.
 
 In a decode step they are read once per token, like the FFNs. Run by the same kernels, on the same threads, they make a
-step whose time is that of reading what it needs; run beside them by torch, they would be what is left to wait for.
+step whose time is that of reading what it needs; run beside them by torch, they would be what is left to wait for. So
+are short prompts where the kernels are quicker even so (`ForwardPass.turn_threads`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
-from sedac_hf.ops.compiled import MAX_ROWS, wants_gradient
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, wants_gradient
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.forward_pass import current_pass
@@ -41,7 +42,7 @@ class DecodeLinear:
         self.original = original_forward(module)
         weight = weight_of(module)
         self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
-        self._most = self.shape[1] * MAX_ROWS
+        self._most = self.shape[1] * MOST_IN_TURNS
         self._kernel = _NO_KERNEL
 
     def forward(self, input: Tensor) -> Any:
@@ -58,6 +59,9 @@ class DecodeLinear:
 
         ask: None too where the module was measured to be quicker, in a pass that goes by time.
         """
+        rows, state = x.numel() // self.shape[1], current_pass.get()
+        if ask and rows > MAX_ROWS and (state is None or not state.turn_threads):
+            return None
         held = self.module._parameters
         weight, bias = held.get("weight"), held.get("bias")
         if weight is None:  # pruned or parametrised since: a function of other parameters
@@ -75,14 +79,12 @@ class DecodeLinear:
             self._kernel = (place, kernel)
         if kernel is None or not kernel.accepts(x) or wants_gradient(x, weight, bias):
             return None
-        state = current_pass.get()
         if state is None:
             return None if torch.is_autocast_enabled("cpu") else kernel.run_accepted(x, kernel_threads())
-        if not state.threads:
+        threads = state.turn_threads if rows > MAX_ROWS else state.threads or state.turn_threads
+        if not threads or (ask and state.by_time and not self.usable(self.shape, rows, threads)):
             return None
-        if ask and state.by_time and not self.usable(self.shape, x.numel() // kernel.inputs, state.threads):
-            return None
-        return kernel.run_accepted(x, state.threads)
+        return kernel.run_accepted(x, threads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": _NO_KERNEL}  # a kernel is made of addresses

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ops.compiled import MAX_ROWS
-from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
+from sedac_hf.ops.threads import begin_step, end_step, kernel_threads, kernels_join_torch
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import (
     ForwardPass,
@@ -65,11 +65,14 @@ class Execution:
         if torch.is_grad_enabled():
             _keep_passes(runtime.model)
         runtime.tally.begin(state.n_tokens)
-        if runtime.weights.uses_kernels and state.n_tokens <= MAX_ROWS and not torch.is_autocast_enabled("cpu"):
-            if runtime.decode_linears:
-                state.torch_alone = begin_step()
-            state.threads = kernel_threads()
+        if runtime.weights.uses_kernels and not torch.is_autocast_enabled("cpu"):
             state.by_time = generation is not None and ours and not generation.consistent
+            if state.n_tokens <= MAX_ROWS:
+                if runtime.decode_linears:
+                    state.torch_alone = begin_step()
+                state.threads = kernel_threads()
+            elif state.by_time and state.n_tokens <= MOST_IN_TURNS and kernels_join_torch():
+                state.turn_threads = kernel_threads()  # where they are torch's own: much of such a pass is torch's
         if runtime.forcing is not None:
             return
         if generation is not None and ours:

@@ -74,6 +74,7 @@ class ForwardPass:
     irregular: why a captured graph could not run such a pass; None: it could.
     torch_alone: torch is kept to one thread during this pass.
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
+    turn_threads: the same in a pass of so many tokens that they take turns; it goes by time.
     by_time: a module runs where it was measured to be quicker than its kernel.
     uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
     came: the checkpoints in the order in which they came.
@@ -91,6 +92,7 @@ class ForwardPass:
     whole: bool = False
     torch_alone: bool = False
     threads: int = 0
+    turn_threads: int = 0
     by_time: bool = False
     controller_state: Any = None
     shape: tuple[int, int] | None = None

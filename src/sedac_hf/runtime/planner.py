@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ops import cut_ffn
-from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
 from sedac_hf.ops.contract import SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
-from sedac_hf.ops.threads import kernel_threads
+from sedac_hf.ops.threads import kernel_threads, kernels_join_torch
 from sedac_hf.runtime.decode_linears import DecodeLinear, Shape
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ Call = Callable[[], object]
 LINEAR_MARGIN_S = 10e-6
 LEAST_REPEATS, MOST_REPEATS = 7, 60
 SECONDS = 0.1  # of one comparison; a call that takes long is repeated less often
+FEW_REPEATS, MOST_SECONDS = 3, 0.5  # and one that takes very long
 MIN_GAIN = 0.1  # share of the FFN time: less is within a noisy machine's reach
 
 
@@ -64,7 +65,7 @@ class GenerationPlanner:
             return False, "no rows"
         cut, reason = self._choice(rows, consistent)
         runtime.layouts.follow(cut=cut)
-        if not consistent:
+        if not consistent and rows <= MAX_ROWS:
             self._compare_kernels(rows)
         return cut, reason
 
@@ -107,23 +108,35 @@ class GenerationPlanner:
     # ---------------------------------------------------------------- kernel or module
 
     def linear_by_kernel(self, shape: Shape, rows: int, threads: int) -> bool:
-        """Whether linear maps of this shape run by the kernel; yes where it has not been measured."""
-        return self._by_kernel.get((shape, rows, threads), True)
+        """Whether linear maps of this shape run by the kernel. Where that was not measured: yes, but not in turns."""
+        return self._faster(shape, rows, threads)
 
     def whole_by_kernel(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
         """The same for whole FFNs."""
-        return self._by_kernel.get((_ffn_shape(kernel), rows, threads), True)
+        return self._faster(_ffn_shape(kernel), rows, threads)
+
+    def _faster(self, shape: tuple[object, ...], rows: int, threads: int) -> bool:
+        if rows <= MAX_ROWS:
+            return self._by_kernel.get((shape, rows, threads), True)
+        return rows <= MOST_IN_TURNS and self._by_kernel.get((shape, MOST_IN_TURNS, threads), False)
+
+    def compare_in_turns(self, tokens: int) -> None:
+        """Before passes of so many tokens: measure whether kernels do better in turns, once for all such numbers. The
+        fewer rows, the more of a product's time is reading weights, so what wins with the most rows wins with less."""
+        runtime = self._runtime
+        if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded and kernels_join_torch():
+            self._compare_kernels(MOST_IN_TURNS)
 
     def _compare_kernels(self, rows: int) -> None:
         runtime = self._runtime
-        if rows > MAX_ROWS or not runtime.weights.uses_kernels:
+        if rows > MOST_IN_TURNS or not runtime.weights.uses_kernels:
             return
         threads = kernel_threads()
         linears: dict[tuple[object, ...], list[DecodeLinear]] = {}
         for linear in runtime.decode_linears:
             linears.setdefault((linear.shape, rows, threads), []).append(linear)
         for key, alike in linears.items():
-            if key not in self._by_kernel:
+            if key not in self._by_kernel and (rows <= MAX_ROWS or len(alike) > 1):  # the head sees few rows
                 self._by_kernel[key] = _linear_is_faster(alike, rows)
         sites: dict[tuple[object, ...], list[tuple[CpuFFN, nn.Module]]] = {}
         for i, site in enumerate(runtime.sites):
@@ -155,7 +168,8 @@ class GenerationPlanner:
         site = runtime.sites[timed[0]]
         x = _noise(rows, site.hidden_size).to(site.weight)
         with runtime.layouts.side_by_side(timed) as (as_usual, by_units):
-            self._compare_kernels(rows)
+            if rows <= MAX_ROWS:
+                self._compare_kernels(rows)
             calls = in_turns([self._whole(i, x) for i in as_usual], [self._cut(i, x) for i in by_units])
             whole_time, cut_time = interleaved(calls, x.device)
         (decide_time,) = interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
@@ -270,7 +284,8 @@ def interleaved(calls: Sequence[Call], device: torch.device) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     started = time.perf_counter()
     for repeat in range(MOST_REPEATS + 1):
-        if repeat > LEAST_REPEATS and time.perf_counter() - started > SECONDS:
+        spent = time.perf_counter() - started
+        if (repeat > LEAST_REPEATS and spent > SECONDS) or (repeat > FEW_REPEATS and spent > MOST_SECONDS):
             break
         for call, kept in zip(calls, times, strict=True):
             start = time.perf_counter()

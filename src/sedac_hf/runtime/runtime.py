@@ -380,6 +380,9 @@ class SedacRuntime:
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
         cut, reason = self.planner.choose(rows, consistent=consistent)
+        if not consistent:
+            self.planner.compare_in_turns(rows * prompt_length)
+            self.planner.compare_in_turns(rows)
         return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
 
     def choose_for_graphs(self) -> None:

@@ -128,14 +128,17 @@ class SiteCuts:
 
     def decoded(self, i: int, x: Tensor) -> Tensor | None:
         """The FFN of site i for x [..., d] of a decode step by its compiled kernel, cut or whole; None: the usual way.
+        Of a short prompt the whole FFN, where that is quicker.
 
         A step comes here for each of its FFNs, each time with caches that the weights have swept, so that the same
         lines of Python take several times as long as alone: nothing is worked out that an earlier step has.
         """
         runtime = self._runtime
         state = current_pass.get()
-        if state is None or state.runtime is not runtime or not state.threads or not state.n_tokens:
+        if state is None or state.runtime is not runtime or not state.n_tokens:
             return None
+        if not state.threads:
+            return self._in_turns(i, x, state) if state.turn_threads and state.whole else None
         kernel = runtime.weights.kernel(i)
         if not isinstance(kernel, CpuFFN):  # the others do not run alone
             return None
@@ -156,6 +159,21 @@ class SiteCuts:
         y, needed, read = kernel.run_accepted(x, kernel.whole_points[: state.n_tokens], threads)
         state.decoded.append((i, False, False, needed, read))
         return y
+
+    def _in_turns(self, i: int, x: Tensor, state: ForwardPass) -> Tensor | None:
+        runtime, threads = self._runtime, state.turn_threads
+        kernel = runtime.weights.kernel(i)
+        if (
+            not isinstance(kernel, CpuFFN)
+            or not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads)
+            or not kernel.accepts(x, in_turns=True)
+            or x.numel() != state.n_tokens * kernel.hidden_size
+            or runtime.sites[i].owner.training
+        ):
+            return None
+        units = kernel.intermediate_size
+        state.decoded.append((i, False, False, units * state.n_tokens, units))
+        return kernel.whole_in_turns(x, threads)
 
     def _resolve(
         self, i: int, state: ForwardPass

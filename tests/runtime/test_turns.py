@@ -1,0 +1,127 @@
+"""Short prompts by the compiled kernels, sixteen rows at a time, where that was measured to be quicker."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sedac_hf import SedacForCausalLM
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available, turns
+from sedac_hf.ops.rust_linear import CpuLinear
+from sedac_hf.ops.threads import parallel_address
+from sedac_hf.runtime import decode_linears, planner
+from tests.kernel_cases import own_threads
+from tests.policies import random_policy
+from tests.tiny_models import tiny_model, token_ids
+
+pytestmark = [
+    pytest.mark.skipif(not available(), reason="the compiled module is not installed"),
+    pytest.mark.skipif(not parallel_address(), reason="kernels have threads of their own here"),
+]
+
+OPTIONS = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+FAMILIES = ["llama", "phi3", "gpt_neox", "gemma3_text"]
+
+
+@pytest.fixture
+def kernels_win(monkeypatch):
+    """Let measurements say so; gives what is asked of the clock."""
+    monkeypatch.setattr(decode_linears, "_LEAST_NUMBERS", 0)
+    made: list[int] = []
+
+    def give(calls, device):
+        for call in calls:
+            call()
+        made.append(len(calls))
+        return [1.0, 2.0][: len(calls)]
+
+    monkeypatch.setattr(planner, "interleaved", give)
+    return made
+
+
+def wrapped(family: str = "llama", cut: str = "select") -> SedacForCausalLM:
+    model = SedacForCausalLM.from_base(tiny_model(family))
+    model.install(random_policy(model.runtime, cut))
+    return model
+
+
+@given(st.integers(1, 4 * MOST_IN_TURNS))
+def test_turns_are_few_and_even(rows):
+    ranges = turns(rows)
+    assert [lo for lo, _ in ranges[1:]] == [hi for _, hi in ranges[:-1]]
+    assert (ranges[0][0], ranges[-1][1]) == (0, rows)
+    sizes = [hi - lo for lo, hi in ranges]
+    assert max(sizes) <= MAX_ROWS
+    assert max(sizes) - min(sizes) <= 1
+    assert len(ranges) == -(-rows // MAX_ROWS)
+
+
+@torch.no_grad()
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, MOST_IN_TURNS), bias=st.booleans(), square=st.booleans())
+def test_a_row_is_what_it_is_alone(rows, bias, square):
+    """Also with many of them: no row's result depends on others, nor on which turn it is in."""
+    generator = torch.Generator().manual_seed(rows)
+    outputs = 40 if square else 24
+    weight, b = torch.randn(outputs, 40, generator=generator), torch.randn(outputs, generator=generator)
+    kernel = CpuLinear(weight, b if bias else None)
+    x = torch.randn(1, rows, 40, generator=generator)
+    y = kernel.run_accepted(x, 2)
+    assert y.shape == (1, rows, outputs)
+    alone = torch.stack([kernel.run_accepted(row[None], 1)[0] for row in x[0]])
+    assert torch.equal(y[0], alone)
+    assert not any(n > MAX_ROWS for _, n, _ in kernel._outputs_like), "no tensor is kept for each number of rows"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_short_prompt_runs_by_the_kernels(family, kernels_win):
+    model, ids = wrapped(family), token_ids(1, MAX_ROWS + 5)
+    with model.disable():
+        expected = model.generate(ids, **OPTIONS)
+    with model.full_width():
+        assert torch.equal(model.generate(ids, **OPTIONS), expected)
+    engines = model.stats().engines
+    assert set(engines) == {"rust, whole"}, "prompt and steps"
+    assert model.stats().needed_bytes_share == 1.0
+
+
+@torch.no_grad()
+def test_what_was_not_measured_runs_by_the_modules(kernels_win):
+    """A plain call, one that must not go by time, a longer one, and one on other threads."""
+    model, short, long = wrapped(), token_ids(1, MAX_ROWS + 1), token_ids(1, MOST_IN_TURNS + 1)
+    model.generate(short, **OPTIONS)
+    with model.full_width():
+        for call in (
+            lambda: model(short),
+            lambda: model.generate(short, consistent=True, **{**OPTIONS, "max_new_tokens": 1}),
+            lambda: model.generate(long, **{**OPTIONS, "max_new_tokens": 1}),
+        ):
+            model.reset_stats()
+            call()
+            assert set(model.stats().engines) == {"whole"}
+        with own_threads():
+            model.reset_stats()
+            model.generate(short, **{**OPTIONS, "max_new_tokens": 1})
+            assert set(model.stats().engines) == {"whole"}
+
+
+@torch.no_grad()
+def test_it_is_measured_once_for_all_lengths(kernels_win):
+    model = wrapped()
+    model.generate(token_ids(1, 4), **OPTIONS)
+    for length, fresh in ((MAX_ROWS + 1, True), (MAX_ROWS + 9, False), (MOST_IN_TURNS, False), (200, False)):
+        kernels_win.clear()
+        model.generate(token_ids(1, length), **OPTIONS)
+        assert bool(kernels_win) == fresh
+
+
+@torch.no_grad()
+def test_modules_run_where_they_are_quicker(monkeypatch):
+    monkeypatch.setattr(planner, "interleaved", lambda calls, device: [2.0, 1.0][: len(calls)])
+    model = wrapped()
+    with model.full_width():
+        model.generate(token_ids(1, MAX_ROWS + 1), **{**OPTIONS, "max_new_tokens": 1})
+    assert set(model.stats().engines) == {"whole"}
