@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.ops.compiled import MAX_ROWS, available
-from sedac_hf.runtime import planner
+from sedac_hf.runtime import timed_calls
 from tests.policies import random_policy
 from tests.quantised import quantised_model
 from tests.runtime.test_captured import base_model, fresh_compiler, generate, wrapped
@@ -20,7 +20,7 @@ __all__ = ["fresh_compiler"]  # a fixture that holds here too
 
 def test_a_compiled_call_that_can_only_mask_is_not_decided_by_eager_times(monkeypatch):
     """On a CPU graphs of many rows mask: full width, however well eager steps would do."""
-    monkeypatch.setattr(planner, "interleaved", lambda calls, device: [1.0, 0.1][: len(calls)])
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [1.0, 0.1][: len(calls)])
     model, ids = wrapped(cut="select"), token_ids(MAX_ROWS + 1, 6)
     monkeypatch.setattr(model.runtime.planner, "_decide_once", lambda x, rows: None)
     expected = generate(base_model(), ids, compiled=False)
@@ -40,7 +40,7 @@ def test_a_compiled_call_that_can_only_mask_is_not_decided_by_eager_times(monkey
 @pytest.mark.parametrize("gain", [True, False])
 def test_a_graph_that_runs_the_compiled_kernels_goes_by_their_eager_times(gain, monkeypatch):
     times = [1.0, 0.1 if gain else 1.0]
-    monkeypatch.setattr(planner, "interleaved", lambda calls, device: times if len(calls) == 2 else [0.0])
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: times if len(calls) == 2 else [0.0])
     model, ids = wrapped(cut="select"), token_ids(2, 6)
     monkeypatch.setattr(model.runtime.planner, "_decide_once", lambda x, rows: None)
     generate(model, ids, consistent=False)

@@ -12,7 +12,7 @@ import torch
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.ops.compiled import available
-from sedac_hf.runtime import decode_linears, planner
+from sedac_hf.runtime import decode_linears, timed_calls
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 
@@ -25,7 +25,7 @@ FAMILIES = ["llama", "gpt2", "mixtral"]
 @pytest.fixture(autouse=True)
 def _small_linears_too(monkeypatch):
     monkeypatch.setattr(decode_linears, "_LEAST_NUMBERS", 0)
-    monkeypatch.setattr(planner, "SECONDS", 0.0)
+    monkeypatch.setattr(timed_calls, "SECONDS", 0.0)
 
 
 def wrapped(family: str = "llama") -> SedacForCausalLM:
@@ -47,7 +47,7 @@ def have_times(monkeypatch, cut: float, whole: float = 1.0) -> None:
             call()
         return [whole, cut] if len(calls) == 2 else [0.0]
 
-    monkeypatch.setattr(planner, "interleaved", give)
+    monkeypatch.setattr(timed_calls, "interleaved", give)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_whole_and_cut_are_timed_on_ffns_that_lie_as_each_of_them_wants(monkeypa
         seen.append(by_units(model))
         return [1.0] * len(calls)
 
-    monkeypatch.setattr(planner, "interleaved", look)
+    monkeypatch.setattr(timed_calls, "interleaved", look)
     model.generate(token_ids(1, 4), **OPTIONS)
     governed = [i for i, segment in enumerate(model.runtime.segments) if segment >= 0]
     halves = [lies for lies in seen if {lies[i] for i in governed} == {False, True}]

@@ -13,7 +13,7 @@ from sedac_hf.errors import ConfigError
 from sedac_hf.ops import compiled
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import kernel_threads
-from sedac_hf.runtime import SedacRuntime, decode_linears, planner
+from sedac_hf.runtime import SedacRuntime, decode_linears, timed_calls
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 
@@ -23,7 +23,7 @@ needs_kernels = pytest.mark.skipif(not compiled.available(), reason="the compile
 @pytest.fixture
 def model(monkeypatch) -> SedacForCausalLM:
     monkeypatch.setattr(decode_linears, "_LEAST_NUMBERS", 0)
-    monkeypatch.setattr(planner, "SECONDS", 0.0)
+    monkeypatch.setattr(timed_calls, "SECONDS", 0.0)
     model = SedacForCausalLM.from_base(tiny_model("llama"))
     model.install(random_policy(model.runtime, "select"))
     return model
@@ -39,7 +39,7 @@ def measured(monkeypatch, times) -> list[int]:
         made.append(len(calls))
         return times(len(calls))
 
-    monkeypatch.setattr(planner, "interleaved", give)
+    monkeypatch.setattr(timed_calls, "interleaved", give)
     return made
 
 
@@ -77,7 +77,7 @@ def test_what_is_compared_never_reads_the_layer_that_was_just_read():
     """It would find it in a cache, and win by that."""
     seen: list[int] = []
     layers = [[functools.partial(seen.append, i) for i in range(6)] for _ in range(2)]
-    calls = planner.in_turns(*layers)
+    calls = timed_calls.in_turns(*layers)
     for _ in range(7):
         for call in calls:
             call()
@@ -95,12 +95,12 @@ def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernel
     shapes = {linear.shape for linear in model.runtime.decode_linears}
     assert len(shapes) > 2
     for shape in shapes:
-        assert model.runtime.planner.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
-        assert model.runtime.planner.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
+        assert model.runtime.kernel_choice.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
+        assert model.runtime.kernel_choice.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
     with model.full_width():
         for rows, by_kernel in ((1, kernels_win), (3, True)):
             model.reset_stats()
-            monkeypatch.setattr(model.runtime.planner, "_compare_kernels", lambda _: None)
+            monkeypatch.setattr(model.runtime.kernel_choice, "_compare_kernels", lambda _: None)
             # Longer than a kernel's calls, so that steps alone can run by one.
             model.generate(token_ids(rows, MAX_ROWS + 1), max_new_tokens=3)
             assert ("rust, whole" in model.stats().engines) is by_kernel
@@ -113,7 +113,7 @@ def test_without_generate_or_consistent_nothing_goes_by_time(model, monkeypatch)
     measured(monkeypatch, lambda n: [2.0, 1.0][:n])
     fresh = model(token_ids(1, 1)).logits
     model.generate(token_ids(1, 4), max_new_tokens=2)
-    assert not all(model.runtime.planner._by_kernel.values())
+    assert not all(model.runtime.kernel_choice._by_kernel.values())
     assert torch.equal(model(token_ids(1, 1)).logits, fresh)
     for forward in (
         lambda: model(token_ids(1, 1)),

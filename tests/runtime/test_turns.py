@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import SedacForCausalLM
+from sedac_hf.ops import LevelPlan, SiteCut, cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available, turns
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import parallel_address
-from sedac_hf.runtime import decode_linears, planner
+from sedac_hf.runtime import decode_linears, timed_calls
 from tests.kernel_cases import own_threads
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
@@ -37,7 +41,7 @@ def kernels_win(monkeypatch):
         made.append(len(calls))
         return [1.0, 2.0][: len(calls)]
 
-    monkeypatch.setattr(planner, "interleaved", give)
+    monkeypatch.setattr(timed_calls, "interleaved", give)
     return made
 
 
@@ -120,8 +124,52 @@ def test_it_is_measured_once_for_all_lengths(kernels_win):
 
 @torch.no_grad()
 def test_modules_run_where_they_are_quicker(monkeypatch):
-    monkeypatch.setattr(planner, "interleaved", lambda calls, device: [2.0, 1.0][: len(calls)])
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 1.0][: len(calls)])
     model = wrapped()
     with model.full_width():
         model.generate(token_ids(1, MAX_ROWS + 1), **{**OPTIONS, "max_new_tokens": 1})
     assert set(model.stats().engines) == {"whole"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_cut_prompt_by_turns_is_what_strips_give(family, compensate, kernels_win):
+    """Mixed levels, level 0 among them: rows are sorted for their turns, and come back in order."""
+    model = SedacForCausalLM.from_base(tiny_model(family))
+    model.install(random_policy(model.runtime, "truncate", compensate=compensate))
+    rows = 2 * MAX_ROWS + 3
+    sites = model.runtime.sites
+    x = torch.randn(rows, sites[0].hidden_size, generator=torch.Generator().manual_seed(3))
+    levels = np.random.default_rng(0).integers(0, 9, rows).astype(np.uint8)
+    policy = model.runtime.policy
+    for i, site in enumerate(sites):
+        counted: list[dict] = []
+        cut = SiteCut(
+            points=policy.schedule.points[i],
+            plan=LevelPlan.of(levels, policy.n_levels),
+            importance=None,
+            compensation=policy.compensation[i] if compensate else None,
+            engine="auto",
+            record=lambda counted=counted, **what: counted.append(what),
+            kernel=model.runtime.weights.kernel(i),
+        )
+        got = cut_ffn(x, site.weights(), cut)
+        torch.testing.assert_close(got, cut_ffn(x, site.weights(), replace(cut, kernel=None)), rtol=1e-4, atol=1e-4)
+        kernels, strips = counted
+        assert (kernels["engine"], strips["engine"]) == ("rust", "strips")
+        assert kernels["needed"] == strips["needed"]
+        assert kernels["read"] == strips["read"], "the widest row's"
+
+
+@torch.no_grad()
+def test_cut_prompts_take_turns_where_that_is_quicker(kernels_win):
+    ids = token_ids(1, MAX_ROWS + 1)
+    model = wrapped(cut="truncate")
+    model.generate(ids, **OPTIONS)
+    assert "strips" not in model.stats().engines
+    for call in (lambda: model(ids), lambda: model.generate(ids, consistent=True, **{**OPTIONS, "max_new_tokens": 1})):
+        model.reset_stats()
+        call()
+        assert "strips" in model.stats().engines
+        assert "rust" not in model.stats().engines

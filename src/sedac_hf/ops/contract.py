@@ -118,8 +118,8 @@ class DecodeKernel(Protocol):
     truncates: bool
     weights: FFNWeights
 
-    def accepts(self, x: Tensor) -> bool:
-        """Whether it can run this input."""
+    def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
+        """Whether it can run this input; in_turns: more rows than it takes at once may take turns."""
 
 
 class Compensation(Protocol):

@@ -70,7 +70,8 @@ def choose(x: Tensor, cut: SiteCut) -> str:
     kernel = cut.kernel
     if kernel is not None and cut.engine in ("auto", kernel.engine):
         can = kernel.selects if cut.chooses else kernel.truncates
-        if can and kernel.accepts(x):
+        # Many rows that choose would use nearly all units together.
+        if can and kernel.accepts(x, in_turns=not cut.chooses):
             return kernel.engine
     if not cut.chooses:
         return "strips"

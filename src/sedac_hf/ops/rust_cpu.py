@@ -122,13 +122,24 @@ class CpuFFN:
 
     def whole_in_turns(self, x: Tensor, threads: int) -> Tensor:
         """`whole` without checks, for x [..., d] of so many rows that they take turns."""
+        points = self.whole_points[:1] * (x.numel() // self.hidden_size)
+        return self.run_in_turns(x, points, threads)[0]
+
+    def run_in_turns(
+        self, x: Tensor, points: Sequence[OperatingPoint], threads: int, hidden: Tensor | None = None
+    ) -> tuple[Tensor, int, int]:
+        """`run_accepted` for more rows than a kernel takes at once. Each turn reads what its rows use: rows of like
+        points should lie together."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        row = self.hidden_size * x.element_size()
-        for lo, hi in turns(x.numel() // self.hidden_size):
-            points = self.whole_points[: hi - lo]
-            self._kernel.run(x.data_ptr() + lo * row, y.data_ptr() + lo * row, points, threads, 0)
-        return y
+        row, hidden_row = self.hidden_size * x.element_size(), 4 * self.intermediate_size
+        needed = read = 0
+        for lo, hi in turns(len(points)):
+            given, taken = x.data_ptr() + lo * row, y.data_ptr() + lo * row
+            kept = 0 if hidden is None else hidden.data_ptr() + lo * hidden_row
+            of_turn = self._kernel.run(given, taken, points[lo:hi], threads, kept)
+            needed, read = needed + of_turn[0], max(read, of_turn[1])
+        return y, needed, read
 
     def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
         """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient.
@@ -146,12 +157,21 @@ class CpuFFN:
 
 
 def rust_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
-    """The cut FFN by ``cut.kernel``: x [n, d] -> [n, d], n at most `MAX_ROWS`."""
+    """The cut FFN by ``cut.kernel``: x [n, d] -> [n, d]. More rows than `MAX_ROWS` take turns, the widest first."""
     kernel: Any = cut.kernel
     low_rank = cut.compensation is not None and _has_low_rank(cut.compensation, cut, x)
     hidden = x.new_empty((x.shape[0], weights.intermediate_size), dtype=torch.float32) if low_rank else None
     y: Tensor
-    y, needed, read = kernel.run_accepted(x, cut.token_points, kernel_threads(), hidden)
+    if x.shape[0] <= MAX_ROWS:
+        y, needed, read = kernel.run_accepted(x, cut.token_points, kernel_threads(), hidden)
+    else:
+        order = None if cut.plan.in_order else cut.plan.on(x.device, "order")
+        points = [cut.token_points[i] for i in cut.plan.order.tolist()]
+        rows = x if order is None else x.index_select(0, order)
+        y, needed, read = kernel.run_in_turns(rows, points, kernel_threads(), hidden)
+        if order is not None:
+            inverse = cut.plan.on(x.device, "inverse")
+            y, hidden = y.index_select(0, inverse), None if hidden is None else hidden.index_select(0, inverse)
     cut.record(engine="rust", tokens=x.shape[0], needed=needed, read=read, computed=needed)
     if cut.compensation is None:
         return y

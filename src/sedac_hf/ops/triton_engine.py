@@ -59,7 +59,7 @@ class TritonFFN:
             and name_of(weights.activation) is not None
         )
 
-    def accepts(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
         """Whether a call with this input can be run: few rows, the weights' dtype and device, no gradient."""
         up = self.weights.up
         return (

@@ -34,6 +34,7 @@ from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
+from sedac_hf.runtime.kernel_choice import KernelChoice
 from sedac_hf.runtime.layouts import Layouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
@@ -119,6 +120,7 @@ class SedacRuntime:
         self.probes_decide = True
         self.on_decision: OnDecision | None = None
         self.layouts = Layouts(self)
+        self.kernel_choice = KernelChoice(self)
         self.planner = GenerationPlanner(self)
         self.captured = CapturedExecution(self)
         self.place_checkpoints(checkpoint_layers)
@@ -290,7 +292,7 @@ class SedacRuntime:
             self.decode_linears = ()
             if kernels:
                 ours = {id(linear) for site in self.sites for linear in site.linears}
-                self.decode_linears = tuple(decode_linears(self.model, ours, self.planner.linear_by_kernel))
+                self.decode_linears = tuple(decode_linears(self.model, ours, self.kernel_choice.linear_by_kernel))
                 others = [(linear.module, linear.forward) for linear in self.decode_linears]
                 if self.policy is not None and self.policy.cut == "select":
                     others += [(linear.module, linear.forward) for linear in units_linears(self.sites)]
@@ -381,8 +383,7 @@ class SedacRuntime:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
         cut, reason = self.planner.choose(rows, consistent=consistent)
         if not consistent:
-            self.planner.compare_in_turns(rows * prompt_length)
-            self.planner.compare_in_turns(rows)
+            self.kernel_choice.compare_in_turns(rows * prompt_length)
         return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
 
     def choose_for_graphs(self) -> None:

@@ -56,7 +56,16 @@ class SiteCuts:
         state = current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
-        return self._cut(i, state, runtime.weights.kernel(i) if state.n_tokens <= MAX_ROWS else None)
+        return self._cut(i, state, self._kernel(i, state.n_tokens, state.turn_threads))
+
+    def _kernel(self, i: int, n_tokens: int, turn_threads: int) -> DecodeKernel | None:
+        """The compiled kernel that may run a cut call of site i."""
+        if n_tokens <= MAX_ROWS:
+            return self._runtime.weights.kernel(i)
+        kernel = self._runtime.weights.kernel(i) if turn_threads else None
+        if isinstance(kernel, CpuFFN) and self._runtime.kernel_choice.cut_by_kernel(kernel, n_tokens, turn_threads):
+            return kernel
+        return None
 
     def uneven(self, i: int, n_tokens: int) -> SiteCut | None:
         """The cut of a call of site i that has another number of rows than the pass has tokens, so that whose row is
@@ -77,8 +86,7 @@ class SiteCuts:
             state.uneven = {}
         if n_tokens not in state.uneven:
             state.uneven[n_tokens] = replace(state, n_tokens=n_tokens, fixed_plans={}, uneven=None)
-        kernel = runtime.weights.kernel(i) if n_tokens <= MAX_ROWS else None
-        return self._cut(i, state.uneven[n_tokens], kernel)
+        return self._cut(i, state.uneven[n_tokens], self._kernel(i, n_tokens, 0))
 
     def _cut(self, i: int, state: ForwardPass, kernel: DecodeKernel | None) -> SiteCut | None:
         runtime = self._runtime
@@ -154,7 +162,7 @@ class SiteCuts:
             y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
             state.decoded.append((i, True, cut.importance is not None, needed, read))
             return y
-        if state.by_time and not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads):
+        if state.by_time and not runtime.kernel_choice.whole_by_kernel(kernel, state.n_tokens, threads):
             return None
         y, needed, read = kernel.run_accepted(x, kernel.whole_points[: state.n_tokens], threads)
         state.decoded.append((i, False, False, needed, read))
@@ -165,7 +173,7 @@ class SiteCuts:
         kernel = runtime.weights.kernel(i)
         if (
             not isinstance(kernel, CpuFFN)
-            or not runtime.planner.whole_by_kernel(kernel, state.n_tokens, threads)
+            or not runtime.kernel_choice.whole_by_kernel(kernel, state.n_tokens, threads)
             or not kernel.accepts(x, in_turns=True)
             or x.numel() != state.n_tokens * kernel.hidden_size
             or runtime.sites[i].owner.training
