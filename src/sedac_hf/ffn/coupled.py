@@ -89,6 +89,7 @@ def masked_because(replacements: list[tuple[nn.Module, Callable[..., Any]]]) -> 
 class _Scratch(threading.local):
     """What gate leaves for down within one FFN call. Per thread: two threads may run one model at once."""
 
+    whole = False  # every token of this call is whole, as the owner was told: no linear need ask again
     x: Tensor | None = None  # the FFN's input, where a shadow will read it
     z: Tensor | None = None  # the gate's output, where the gate itself decides
 
@@ -119,7 +120,7 @@ class _Calls:
 
     def cut(self) -> SiteCut | None:
         """The cut of this call; None where every token is whole."""
-        cut = self.current()
+        cut = None if self.scratch.whole else self.current()
         return None if cut is None or is_whole(cut, self.site.intermediate_size) else cut
 
     def uneven(self, n: int) -> SiteCut | None:
@@ -166,6 +167,8 @@ class _Producer:
         self.original = original_forward(linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.call.scratch.whole:
+            return self.original(x, *args, **kwargs)
         cut = self.call.cut()
         if cut is not None and _rows_of(x) != cut.plan.n_tokens:
             cut = self.call.uneven(_rows_of(x))
@@ -200,6 +203,8 @@ class _Consumer:
         self.original = original_forward(linear)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.call.scratch.whole:
+            return self.original(h, *args, **kwargs)
         cut, f, k = self.call.cut(), self.call.site.intermediate_size, h.shape[-1]
         x, z = self.call.scratch.take()
         if cut is None:
@@ -257,6 +262,8 @@ class _Owner:
             if y is not None:
                 return y
         cut, site = self.call.cut(), self.call.site
+        if cut is None:
+            return self._whole(x, *args, **kwargs)
         unusual = (
             args
             or kwargs
@@ -265,7 +272,7 @@ class _Owner:
             or weight_of(site.down).is_meta  # offloaded since: real inside the linears' own forwards
             or torch.is_autocast_enabled(x.device.type)
         )
-        if cut is not None and _rows_of(x) != cut.plan.n_tokens:
+        if _rows_of(x) != cut.plan.n_tokens:
             cut = self.call.uneven(_rows_of(x))
         if unusual or cut is None:
             return self.original(x, *args, **kwargs)
@@ -273,3 +280,13 @@ class _Owner:
         kept = None if cut.kernel is None or torch.is_grad_enabled() else cut.kernel.weights
         y = cut_ffn(x.reshape(-1, x.shape[-1]), kept or site.weights(), cut)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _whole(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The owner's own forward. A prompt's FFN takes 0.1 ms longer where each linear asks what it is to do: 4% of
+        a prompt of two dozen tokens (0.5B shape, bfloat16, two cores)."""
+        scratch = self.call.scratch
+        scratch.whole = True
+        try:
+            return self.original(x, *args, **kwargs)
+        finally:
+            scratch.whole = False

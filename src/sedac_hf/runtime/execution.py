@@ -72,7 +72,8 @@ class Execution:
                     state.torch_alone = begin_step()
                 state.threads = kernel_threads()
             elif state.by_time and state.n_tokens <= MOST_IN_TURNS and kernels_join_torch():
-                state.turn_threads = kernel_threads()  # where they are torch's own: much of such a pass is torch's
+                threads = kernel_threads()  # of torch's own, for much of such a pass is torch's
+                state.turn_threads = threads if runtime.kernel_choice.turns_pay(threads) else 0
         if runtime.forcing is not None:
             return
         if generation is not None and ours:

@@ -33,7 +33,10 @@ class KernelChoice:
 
     def __init__(self, runtime: SedacRuntime) -> None:
         self._runtime = runtime
-        self._by_kernel: dict[tuple[object, ...], bool] = {}
+        self._by_kernel: dict[tuple[object, int, int], bool] = {}  # of shape, rows and threads
+        # Looking at a hundred weights to find that all of them are known takes a third of a millisecond.
+        self._weights: tuple[object, ...] = ()
+        self._seen: set[tuple[int, int]] = set()
 
     def linear_by_kernel(self, shape: Shape, rows: int, threads: int) -> bool:
         """Whether linear maps of this shape run by the kernel. Where that was not measured: yes, but not in turns."""
@@ -46,6 +49,12 @@ class KernelChoice:
     def cut_by_kernel(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
         """The same for FFNs that are cut by `truncate`."""
         return self._faster(("cut", *_ffn_shape(kernel)), rows, threads)
+
+    def turns_pay(self, threads: int) -> bool:
+        """Whether anything at all was measured to be quicker in turns: else a pass need not ask at every layer."""
+        return any(
+            faster for (_, rows, n), faster in self._by_kernel.items() if rows == MOST_IN_TURNS and n == threads
+        )
 
     def _faster(self, shape: tuple[object, ...], rows: int, threads: int) -> bool:
         if rows <= MAX_ROWS:
@@ -71,7 +80,7 @@ class KernelChoice:
     def _compare_cuts(self) -> None:
         """FFNs that are cut: kernels in turns, or strips."""
         runtime, threads = self._runtime, kernel_threads()
-        alike: dict[tuple[object, ...], list[int]] = {}
+        alike: dict[tuple[object, int, int], list[int]] = {}
         for i, segment in enumerate(runtime.segments):
             kernel = runtime.weights.kernel(i)
             if segment >= 0 and isinstance(kernel, CpuFFN):
@@ -91,13 +100,19 @@ class KernelChoice:
         if rows > MOST_IN_TURNS or not runtime.weights.uses_kernels:
             return
         threads = kernel_threads()
-        linears: dict[tuple[object, ...], list[DecodeLinear]] = {}
+        weights = runtime.decode_linears, runtime.weights.moves, runtime.sites[-1].weight.dtype
+        if weights != self._weights:
+            self._weights, self._seen = weights, set()
+        if (rows, threads) in self._seen:
+            return
+        self._seen.add((rows, threads))
+        linears: dict[tuple[object, int, int], list[DecodeLinear]] = {}
         for linear in runtime.decode_linears:
             linears.setdefault((linear.shape, rows, threads), []).append(linear)
         for key, alike in linears.items():
             if key not in self._by_kernel and (rows <= MAX_ROWS or len(alike) > 1):  # the head sees few rows
                 self._by_kernel[key] = _linear_is_faster(alike, rows)
-        sites: dict[tuple[object, ...], list[tuple[CpuFFN, nn.Module]]] = {}
+        sites: dict[tuple[object, int, int], list[tuple[CpuFFN, nn.Module]]] = {}
         for i, site in enumerate(runtime.sites):
             kernel = runtime.weights.kernel(i)
             if isinstance(kernel, CpuFFN):  # the only one that runs whole FFNs

@@ -28,13 +28,14 @@ class Layouts:
         self._runtime = runtime
         self._lock = threading.RLock()
         self._readers = 0
+        self._places: tuple[object, tuple[int, ...]] = (None, ())  # `by_choice` of a schedule
         self.fixed = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_runtime": self._runtime, "fixed": self.fixed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), _readers=0)
+        self.__dict__.update(state, _lock=threading.RLock(), _readers=0, _places=(None, ()))
 
     # ---------------------------------------------------------------- who reads
 
@@ -55,8 +56,12 @@ class Layouts:
         policy = self._runtime.policy
         if policy is None or policy.cut != "select":
             return ()
-        points = enumerate(policy.schedule.points)
-        return tuple(i for i, levels in points if any(point.importance_min > 0 for point in levels))
+        schedule, places = self._places
+        if schedule is not policy.schedule:
+            points = enumerate(policy.schedule.points)
+            places = tuple(i for i, levels in points if any(point.importance_min > 0 for point in levels))
+            self._places = policy.schedule, places
+        return places
 
     def follow(self, *, cut: bool, readers: int = 0) -> None:
         """Have the weights as a call wants them that cuts, or that runs all FFNs whole.

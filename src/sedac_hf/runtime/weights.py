@@ -38,6 +38,7 @@ class PreparedWeights:
 
     Attributes:
         uses_kernels: the CPU kernels may be used, and weights on a CPU are laid out for them.
+        moves: how often weights have been laid out otherwise.
     """
 
     def __init__(self, sites: Sequence[FFNSite], *, kernels: Collection[str]) -> None:
@@ -50,6 +51,7 @@ class PreparedWeights:
         self.shadows: list[Decider | None] = [None] * len(self.sites)
         self._orders: tuple[Tensor | None, ...] | None = None
         self._by_units: dict[int, tuple[nn.Module, ...]] = {}  # of the FFNs that lie by units: the modules changed
+        self.moves = 0
         self._kernels = self._no_kernels()
         self._of_experts: dict[int, LayerKernels] = {}
 
@@ -98,6 +100,7 @@ class PreparedWeights:
         wanted = {self._first[i] for i in by_units} if read_by_units else set()
         if wanted == self._by_units.keys():
             return False
+        self.moves += 1
         self._kernels, self._of_experts = self._no_kernels(), {}
         for i in [i for i in self._by_units if i not in wanted]:
             lay_out_as_usual(self._by_units.pop(i))
