@@ -6,12 +6,13 @@ A decoder of a real shape with random weights, `generate` with one row, in one r
     base, again  the same once more in each round: how far from 1 it is, is the noise of this machine
     disabled     wrapped, inside `disable()`
     full width   wrapped, inside `full_width()`: hooks, compiled kernels where they are quicker, nothing skipped
-    auto         wrapped, as `generate` chooses under a `select` policy of the share asked for
+    auto         wrapped, as `generate` chooses under a policy of the share asked for
     auto, 95%    the same where little is to be gained: it must not lose
 
 Times are medians of single decode steps of all rounds, the prompt and the first steps left out; with `--prompt N` of
-whole prompts of N tokens instead, which `generate` runs at full width under `select`. On a machine whose compiled
-kernels are quicker than torch's, "full width" is below 1; `--engine strips` shows the hooks without them.
+whole prompts of N tokens instead, which `generate` runs at full width under `select`, and cut under `--cut truncate`.
+On a machine whose compiled kernels are quicker than torch's, "full width" is below 1; `--engine strips` shows the
+hooks without them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timing import Samples, about, time_tokens, timed
@@ -40,13 +41,20 @@ class Case:
     """One decoder, wrapped, with two policies."""
 
     def __init__(
-        self, shape: str, dtype: torch.dtype, share: float, engine: str, prompt: int = PROMPT, **sizes: Any
+        self,
+        shape: str,
+        dtype: torch.dtype,
+        share: float,
+        engine: str,
+        prompt: int = PROMPT,
+        cut: Literal["select", "truncate"] = "select",
+        **sizes: Any,
     ) -> None:
         base = random_decoder(shape, dtype=dtype, **sizes)
         self.model = SedacForCausalLM.from_base(base, SedacConfig(engine=engine))
         runtime = self.model.runtime
-        self.policy = forced_policy(runtime, "select", share)
-        self.schedules = {s: forced_policy(runtime, "select", s).schedule for s in (share, LITTLE_TO_GAIN)}
+        self.policy = forced_policy(runtime, cut, share)
+        self.schedules = {s: forced_policy(runtime, cut, s).schedule for s in (share, LITTLE_TO_GAIN)}
         self.share, self.choices = share, dict[str, str]()
         self.model.install(self.policy)
         vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -122,6 +130,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
     parser.add_argument("--share", type=float, default=0.30, help="needed share of the FFN bytes under the policy")
     parser.add_argument("--engine", default="auto", help="as in `SedacConfig`")
+    parser.add_argument("--cut", choices=("select", "truncate"), default="select")
     parser.add_argument("--prompt", type=int, help="time prompts of so many tokens")
     parser.add_argument("--tokens", type=int, default=24, help="per variant and round")
     parser.add_argument("--rounds", type=int, default=6)
@@ -132,11 +141,13 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about_run.items()))
     cases = []
     for dtype in args.dtype or ("float32", "bfloat16"):
-        case = Case(args.shape, getattr(torch, dtype), args.share, args.engine, args.prompt or PROMPT, **sizes)
+        case = Case(
+            args.shape, getattr(torch, dtype), args.share, args.engine, args.prompt or PROMPT, args.cut, **sizes
+        )
         samples = measured(case, args.tokens, args.rounds, prompts=args.prompt is not None)
         base = samples["base"].median
         what = f"prompts of {args.prompt} tokens" if args.prompt else "decode steps"
-        print(f"\n{args.shape}, {dtype}, one row, {what}; random weights: speed only")
+        print(f"\n{args.shape}, {dtype}, {args.cut}, one row, {what}; random weights: speed only")
         print(f"  {'':14}{'ms':>10}{'per second':>12}{'time/base':>11}  n")
         rows = {}
         for name, taken in samples.items():

@@ -191,3 +191,57 @@ def test_old_memory_is_let_go(monkeypatch):
     model.generate(ids, **OPTIONS)
     gc.collect()
     assert all(kernel() is None for kernel in kernels)
+
+
+def replaced(model: SedacForCausalLM) -> int:
+    """Modules of the base whose forward is not their class's."""
+    return sum("forward" in module.__dict__ for module in model.model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_forwards_with_nothing_to_do_are_put_aside(family, monkeypatch):
+    """In a call at full width by torch; they are back before anything else runs."""
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 2.0 - len(calls) / 2][: len(calls)])
+    model, ids = wrapped(family), token_ids(1, 4)
+    everything, cut = replaced(model), model(ids).logits
+    with model.disable():
+        dense = model.generate(ids, **OPTIONS)
+    assert torch.equal(model.generate(ids, **OPTIONS), dense)
+    assert replaced(model) == 0, "kernels are slower everywhere"
+    assert model.stats().needed_bytes_share < 1.0, "of the plain call"
+    assert torch.equal(model(ids).logits, cut)
+    assert replaced(model) == everything
+    model.generate(ids, **OPTIONS)
+    assert replaced(model) == 0
+    model.generate(ids, consistent=True, **OPTIONS)
+    assert replaced(model) == everything
+    model.generate(ids, **OPTIONS)
+    base = model.unload()
+    assert not any("forward" in module.__dict__ for module in base.modules())
+
+
+@torch.no_grad()
+def test_a_cut_call_beside_a_whole_one_finds_its_forwards(monkeypatch):
+    """Also if they were put aside after it began, but before its first pass."""
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 2.0 - len(calls) / 2][: len(calls)])
+    model, ids = wrapped(), token_ids(1, 4)
+    everything, cut = replaced(model), model(ids).logits
+    with model.disable():
+        dense = model.generate(ids, **OPTIONS)
+    seen: list[int] = []
+    model.generate(ids, **OPTIONS)
+    assert replaced(model) == 0
+
+    def plain_call(*_):
+        handle.remove()
+        worker = threading.Thread(
+            target=lambda: seen.append(bool(torch.allclose(model(ids).logits, cut))), daemon=True
+        )
+        worker.start()
+        worker.join(60)
+        seen.append(replaced(model))
+
+    handle = model.model.get_input_embeddings().register_forward_hook(plain_call)
+    assert torch.equal(model.generate(ids, **OPTIONS), dense)
+    assert seen[-2:] == [True, everything]

@@ -113,10 +113,18 @@ def test_what_was_not_measured_runs_by_the_modules(kernels_win):
 
 
 @torch.no_grad()
-def test_it_is_measured_once_for_all_lengths(kernels_win):
+def test_it_is_measured_twice_for_all_lengths(kernels_win):
     model = wrapped()
     model.generate(token_ids(1, 4), **OPTIONS)
-    for length, fresh in ((MAX_ROWS + 1, True), (MAX_ROWS + 9, False), (MOST_IN_TURNS, False), (200, False)):
+    half = MOST_IN_TURNS // 2
+    lengths = [
+        (MAX_ROWS + 1, True),
+        (half, False),
+        (half + 1, True),
+        (MOST_IN_TURNS, False),
+        (MOST_IN_TURNS + 1, False),
+    ]
+    for length, fresh in lengths:
         kernels_win.clear()
         model.generate(token_ids(1, length), **OPTIONS)
         assert bool(kernels_win) == fresh

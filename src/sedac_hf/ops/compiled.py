@@ -25,7 +25,7 @@ module = _rust
 MAX_ROWS: int = 0 if module is None else module.MAX_ROWS
 """Most rows that a kernel runs at once."""
 
-MOST_IN_TURNS = 8 * MAX_ROWS
+MOST_IN_TURNS = 16 * MAX_ROWS
 """Most rows that kernels run `MAX_ROWS` at a time, where that is quicker than torch's products of matrices."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -55,7 +55,7 @@ class Execution:
         ours = generation is not None and generation.runtime is runtime
         if not ours:  # a plain call gives the same whatever ran before it
             runtime.layouts.follow(cut=True)
-        runtime.layouts.enter()
+        runtime.layouts.enter(cut=generation is None or not ours or not generation.full_width)
         state = ForwardPass(runtime, n_tokens, shape=shape, previous=around)
         current_pass.set(state)
         if shape is None:

@@ -6,7 +6,7 @@ undone in reverse order; if one cannot be made, those already made are undone be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ class Attachment:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, str, bool, Any, Callable[..., Any]]] = []
+        self._idle: list[tuple[nn.Module, Callable[..., Any]]] = []
 
     def __len__(self) -> int:
         return len(self._handles) + len(self._replaced)
@@ -57,8 +58,31 @@ class Attachment:
             self._replaced.append((module, name, own, module.__dict__.get(name), forward))
             setattr(module, name, forward)
 
+    @property
+    def has_idle(self) -> bool:
+        """Whether replaced forwards have been put out of the way."""
+        return bool(self._idle)
+
+    def put_aside(self, modules: Collection[nn.Module]) -> None:
+        """Have these modules run their own forwards until `put_back`; those that accelerate has hooked stay."""
+        wanted = {id(module) for module in modules if not hasattr(module, "_hf_hook")}
+        for module, name, own, value, ours in reversed(self._replaced):
+            if id(module) in wanted and name == "forward" and module.__dict__.get(name) == ours:
+                self._idle.append((module, ours))
+                if own:
+                    module.__dict__[name] = value
+                else:
+                    del module.__dict__[name]
+
+    def put_back(self) -> None:
+        """Undo `put_aside`."""
+        while self._idle:
+            module, ours = self._idle.pop()
+            module.__dict__["forward"] = ours
+
     def detach(self) -> None:
         """Undo everything; calling it twice is harmless."""
+        self.put_back()
         while self._handles:
             self._handles.pop().remove()
         while self._replaced:

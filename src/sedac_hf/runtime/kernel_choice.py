@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LINEAR_MARGIN_S = 10e-6
 
 
+LEAST_LEAD = 0.95  # of a kernel's time over the module's: with a lead of 3%, a decode step took 6% longer
+
+
 class KernelChoice:
     """Compares kernels with what else would run: per shape, layout, number of rows and number of threads, once."""
 
@@ -52,14 +55,27 @@ class KernelChoice:
 
     def turns_pay(self, threads: int) -> bool:
         """Whether anything at all was measured to be quicker in turns: else a pass need not ask at every layer."""
-        return any(
-            faster for (_, rows, n), faster in self._by_kernel.items() if rows == MOST_IN_TURNS and n == threads
-        )
+        return any(faster for (_, rows, n), faster in self._by_kernel.items() if rows > MAX_ROWS and n == threads)
 
     def _faster(self, shape: tuple[object, ...], rows: int, threads: int) -> bool:
         if rows <= MAX_ROWS:
             return self._by_kernel.get((shape, rows, threads), True)
-        return rows <= MOST_IN_TURNS and self._by_kernel.get((shape, MOST_IN_TURNS, threads), False)
+        return rows <= MOST_IN_TURNS and self._by_kernel.get((shape, _measured_with(rows), threads), False)
+
+    def idle(self, rows: int, prompt: int) -> list[nn.Module]:
+        """The modules that no kernel runs in a call at full width, of so many rows per step and tokens of prompt."""
+        runtime, threads = self._runtime, kernel_threads()
+        passes = (rows, prompt) if prompt > MAX_ROWS else (rows,)
+        idle: list[nn.Module] = []
+        for linear in runtime.decode_linears:
+            if not any(self.linear_by_kernel(linear.shape, n, threads) for n in passes):
+                idle.append(linear.module)
+        for i, site in enumerate(runtime.sites):
+            kernel = runtime.weights.kernel(i) if site.plain_forward else None
+            runs = isinstance(kernel, CpuFFN) and any(self.whole_by_kernel(kernel, n, threads) for n in passes)
+            if site.experts is None and not runs:
+                idle += [site.owner, *site.linears]
+        return idle
 
     def compare(self, rows: int) -> None:
         """Before passes of so many rows: measure what is not known yet."""
@@ -69,26 +85,27 @@ class KernelChoice:
             self.compare_in_turns(rows)
 
     def compare_in_turns(self, tokens: int) -> None:
-        """Before passes of so many tokens: measure whether kernels do better in turns, once for all such numbers. The
-        fewer rows, the more of a product's time is reading weights, so what wins with the most rows wins with less."""
+        """Before passes of so many tokens: measure whether kernels do better in turns, with 128 rows or 256 for all
+        numbers up to that. The fewer rows, the more of a product's time is reading weights, so what wins with more
+        rows wins with less."""
         runtime = self._runtime
         if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded and kernels_join_torch():
-            self._compare_kernels(MOST_IN_TURNS)
+            self._compare_kernels(_measured_with(tokens))
             if runtime.policy is not None and runtime.policy.cut == "truncate":
-                self._compare_cuts()
+                self._compare_cuts(_measured_with(tokens))
 
-    def _compare_cuts(self) -> None:
+    def _compare_cuts(self, rows: int) -> None:
         """FFNs that are cut: kernels in turns, or strips."""
         runtime, threads = self._runtime, kernel_threads()
         alike: dict[tuple[object, int, int], list[int]] = {}
         for i, segment in enumerate(runtime.segments):
             kernel = runtime.weights.kernel(i)
             if segment >= 0 and isinstance(kernel, CpuFFN):
-                alike.setdefault((("cut", *_ffn_shape(kernel)), MOST_IN_TURNS, threads), []).append(i)
+                alike.setdefault((("cut", *_ffn_shape(kernel)), rows, threads), []).append(i)
         for key, sites in alike.items():
             if key not in self._by_kernel:
                 site = runtime.sites[sites[0]]
-                x = noise(MOST_IN_TURNS, site.hidden_size).to(site.weight)
+                x = noise(rows, site.hidden_size).to(site.weight)
                 by_kernel = [self.cut(i, x, runtime.weights.kernel(i)) for i in sites]
                 ours, theirs = timed_calls.interleaved(
                     in_turns(by_kernel, [self.cut(i, x, None) for i in sites]), x.device
@@ -128,7 +145,7 @@ class KernelChoice:
                     ),
                     x.device,
                 )
-                self._by_kernel[key] = ours <= theirs
+                self._by_kernel[key] = ours <= LEAST_LEAD * theirs
 
     # ---------------------------------------------------------------- one FFN alone
 
@@ -171,6 +188,11 @@ class KernelChoice:
         return functools.partial(cut_ffn, x, site.weights(), cut)
 
 
+def _measured_with(rows: int) -> int:
+    """Rows of the calls that calls of so many are judged by, where rows take turns."""
+    return MOST_IN_TURNS // 2 if rows <= MOST_IN_TURNS // 2 else MOST_IN_TURNS
+
+
 def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:
     return "ffn", kernel.intermediate_size, kernel.hidden_size, kernel.dtype, kernel.by_units
 
@@ -188,7 +210,7 @@ def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
             ),
             x.device,
         )
-    return ours <= theirs + LINEAR_MARGIN_S
+    return ours <= LEAST_LEAD * theirs + LINEAR_MARGIN_S
 
 
 def _experts_input(experts: Experts, x: Tensor) -> tuple[Any, ...]:

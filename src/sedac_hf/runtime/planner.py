@@ -30,7 +30,7 @@ class GenerationPlanner:
         self._runtime = runtime
         self._known: dict[tuple[object, ...], tuple[bool, str]] = {}
 
-    def choose(self, rows: int, *, consistent: bool = False) -> tuple[bool, str]:
+    def choose(self, rows: int, prompt_length: int = 0, *, consistent: bool = False) -> tuple[bool, str]:
         """(cut?, reason) for decode steps of ``rows`` sequences; ``consistent``: cut whatever it costs, unmeasured.
 
         The weights are laid out for it, where nobody else reads them.
@@ -46,8 +46,12 @@ class GenerationPlanner:
             return False, "no rows"
         cut, reason = self._choice(rows, consistent)
         runtime.layouts.follow(cut=cut)
-        if not consistent:
-            runtime.kernel_choice.compare(rows)
+        if consistent:
+            return cut, reason
+        runtime.kernel_choice.compare(rows)
+        if not cut:
+            runtime.kernel_choice.compare_in_turns(rows * prompt_length)
+            runtime.layouts.follow(cut=False, idle=runtime.kernel_choice.idle(rows, rows * prompt_length))
         return cut, reason
 
     def _choice(self, rows: int, consistent: bool) -> tuple[bool, str]:

@@ -303,6 +303,15 @@ class SedacRuntime:
         self._attachment = attachment
         self.masked = tuple(reason for reason in masked if reason is not None)
 
+    def put_forwards_aside(self, modules: Sequence[nn.Module]) -> None:
+        """Have these modules run their own forwards, until `put_back_forwards`."""
+        if self._attachment is not None:
+            self._attachment.put_aside(modules)
+
+    def put_back_forwards(self) -> None:
+        if self._attachment is not None and self._attachment.has_idle:
+            self._attachment.put_back()
+
     def detach(self) -> None:
         """Take every hook and replaced forward away; the channel order stays."""
         if self._attachment is not None:
@@ -381,7 +390,7 @@ class SedacRuntime:
 
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
-        cut, reason = self.planner.choose(rows, consistent=consistent)
+        cut, reason = self.planner.choose(rows, prompt_length, consistent=consistent)
         if not consistent:
             self.kernel_choice.compare_in_turns(rows * prompt_length)
         return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
