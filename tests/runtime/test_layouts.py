@@ -245,3 +245,18 @@ def test_a_cut_call_beside_a_whole_one_finds_its_forwards(monkeypatch):
     handle = model.model.get_input_embeddings().register_forward_hook(plain_call)
     assert torch.equal(model.generate(ids, **OPTIONS), dense)
     assert seen[-2:] == [True, everything]
+
+
+@torch.no_grad()
+def test_modules_that_are_offloaded_meanwhile_are_cut_again(monkeypatch):
+    """Accelerate's hook takes the module's own forward for what it runs; ours goes in its place."""
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 2.0 - len(calls) / 2][: len(calls)])
+    model, ids = wrapped(), token_ids(1, 4)
+    cut = model(ids).logits
+    model.generate(ids, **OPTIONS)
+    assert replaced(model) == 0
+    accelerate.cpu_offload(model.model)
+    model.reset_stats()
+    torch.testing.assert_close(model(ids).logits, cut, rtol=1e-4, atol=1e-4)
+    assert model.stats().needed_bytes_share < 1.0

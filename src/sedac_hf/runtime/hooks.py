@@ -78,7 +78,8 @@ class Attachment:
         """Undo `put_aside`."""
         while self._idle:
             module, ours = self._idle.pop()
-            module.__dict__["forward"] = ours
+            # Accelerate may have hooked the module since.
+            setattr(module, _PLACES[1] if hasattr(module, "_hf_hook") else _PLACES[0], ours)
 
     def detach(self) -> None:
         """Undo everything; calling it twice is harmless."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LINEAR_MARGIN_S = 10e-6
 
 
-LEAST_LEAD = 0.95  # of a kernel's time over the module's: with a lead of 3%, a decode step took 6% longer
+LEAST_LEAD = 0.9  # a kernel's time over the module's: with 0.97 (1B shape, bfloat16) decode steps took 6% longer
 
 
 class KernelChoice:
