@@ -129,8 +129,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def assert_as_good_as_plain(got: Tensor, x: Tensor, weights: FFNWeights, cut: SiteCut) -> None:
-    """Error against float64 at most twice that of masking in the same precision (and never above what rounding of the
-    result alone explains where that is smaller).
+    """Error against float64 at most twice that of masking in the same precision, beside what the roundings of three
+    steps (sums, activation, sums) explain alone: with one unit in use masking may be exact by luck.
 
     Masking sums in several orders: where products cancel, one order alone may be right by luck.
     """
@@ -140,7 +140,7 @@ def assert_as_good_as_plain(got: Tensor, x: Tensor, weights: FFNWeights, cut: Si
     generator = torch.Generator().manual_seed(0)
     orders = [None, *(torch.randperm(x.shape[1], generator=generator) for _ in range(16))]
     plain = max(relative_error(masked(x, weights, cut, x.dtype, order), exact) for order in orders)
-    assert relative_error(got, exact) <= 2 * plain + 2 * torch.finfo(x.dtype).eps
+    assert relative_error(got, exact) <= 2 * plain + 3 * torch.finfo(x.dtype).eps
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import OperatingPoint, cut_ffn, rust_product
-from sedac_hf.ops.compiled import MAX_ROWS, available
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.rust_linear import CpuLinear
@@ -70,19 +70,19 @@ def test_strided_rows_and_both_layouts_of_down_fit():
     assert CpuFFN.fits(changed(weights, "down", lambda w: torch.cat((w, w), dim=1)[:, :40]))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 4, 5, MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, MAX_ROWS, MAX_ROWS + 1, MOST_IN_TURNS, MOST_IN_TURNS + 1])
 @pytest.mark.parametrize("selects", [True, False])
 def test_rows_that_a_kernel_takes(rows, selects):
     c = case(16, 40, max(rows, 1), selects=selects)
     record = Recorder()
     x = c.x[:rows]
     assert c.kernel.accepts(x) == (1 <= rows <= MAX_ROWS)
+    assert c.kernel.accepts(x, in_turns=True) == (1 <= rows <= MOST_IN_TURNS)
     y = cut_ffn(x, c.weights, c.cut([3] * rows, record))
     assert relative_error(y, masked(x, c.weights, c.cut([3] * rows))) < 1e-5 or rows == 0
     (call,) = record.calls
-    assert call["engine"] == (
-        "none" if rows == 0 else "rust" if rows <= MAX_ROWS else "masked" if selects else "strips"
-    )
+    most, otherwise = (MAX_ROWS, "masked") if selects else (MOST_IN_TURNS, "strips")
+    assert call["engine"] == ("none" if rows == 0 else "rust" if rows <= most else otherwise)
 
 
 def test_inputs_that_a_kernel_does_not_take():
