@@ -52,10 +52,11 @@ class Execution:
         n_tokens = 0 if shape is None else shape[0] * shape[1]
         around = close_left_open(runtime)  # no pass runs within one of the same model
         generation = current_generation.get()
-        ours = generation is not None and generation.runtime is runtime
-        if not ours:  # a plain call gives the same whatever ran before it
-            runtime.layouts.follow(cut=True)
-        runtime.layouts.enter(cut=generation is None or not ours or not generation.full_width)
+        if generation is not None and generation.runtime is not runtime:
+            generation = None
+        if generation is None:  # a plain call gives the same whatever ran before it
+            runtime.arrangement.follow(cut=True)
+        runtime.arrangement.enter(cut=generation is None or not generation.full_width)
         state = ForwardPass(runtime, n_tokens, shape=shape, previous=around)
         current_pass.set(state)
         if shape is None:
@@ -66,7 +67,7 @@ class Execution:
             _keep_passes(runtime.model)
         runtime.tally.begin(state.n_tokens)
         if runtime.weights.uses_kernels and not torch.is_autocast_enabled("cpu"):
-            state.by_time = generation is not None and ours and not generation.consistent
+            state.by_time = generation is not None and not generation.consistent
             if state.n_tokens <= MAX_ROWS:
                 if runtime.decode_linears:
                     state.torch_alone = begin_step()
@@ -76,7 +77,7 @@ class Execution:
                 state.turn_threads = threads if runtime.kernel_choice.turns_pay(threads) else 0
         if runtime.forcing is not None:
             return
-        if generation is not None and ours:
+        if generation is not None:
             state.whole = generation.full_width
             state.prompt = generation.prompt_mask(*shape, dict(kwargs))
         if runtime.whole_depth or runtime.policy is None or (state.prompt is not None and bool(state.prompt.all())):
@@ -91,7 +92,7 @@ class Execution:
         if state is None or state.runtime is not runtime:
             return
         current_pass.set(state.previous)
-        runtime.layouts.leave()
+        runtime.arrangement.leave()
         if torch.is_grad_enabled() and runtime.model.training:
             let_passes_go(runtime.model)
         if state.torch_alone:

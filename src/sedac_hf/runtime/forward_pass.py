@@ -112,7 +112,7 @@ class ForwardPass:
         """End a pass whose forward was interrupted, if that was not done yet; gives the one around it."""
         if not self.over:
             self.over = True
-            self.runtime.layouts.leave()
+            self.runtime.arrangement.leave()
             if self.torch_alone:
                 end_step()
         return self.previous
@@ -153,12 +153,12 @@ def _run_within(
 def generating(call: GenerationCall) -> Iterator[None]:
     """The length of a ``generate`` call; closes passes that an interrupt left open, for which no hook runs."""
     token = current_generation.set(call)
-    call.runtime.layouts.enter()
+    call.runtime.arrangement.enter()
     try:
         with closing_passes():
             yield
     finally:
-        call.runtime.layouts.leave()
+        call.runtime.arrangement.leave()
         current_generation.reset(token)
         call.runtime.tally.choice(call.choice)
 

@@ -58,11 +58,6 @@ class Attachment:
             self._replaced.append((module, name, own, module.__dict__.get(name), forward))
             setattr(module, name, forward)
 
-    @property
-    def has_idle(self) -> bool:
-        """Whether replaced forwards have been put out of the way."""
-        return bool(self._idle)
-
     def put_aside(self, modules: Collection[nn.Module]) -> None:
         """Have these modules run their own forwards until `put_back`; those that accelerate has hooked stay."""
         wanted = {id(module) for module in modules if not hasattr(module, "_hf_hook")}

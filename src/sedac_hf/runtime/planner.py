@@ -45,13 +45,13 @@ class GenerationPlanner:
         if rows == 0:
             return False, "no rows"
         cut, reason = self._choice(rows, consistent)
-        runtime.layouts.follow(cut=cut)
+        runtime.arrangement.follow(cut=cut)
         if consistent:
             return cut, reason
         runtime.kernel_choice.compare(rows)
+        runtime.kernel_choice.compare_in_turns(rows * prompt_length)
         if not cut:
-            runtime.kernel_choice.compare_in_turns(rows * prompt_length)
-            runtime.layouts.follow(cut=False, idle=runtime.kernel_choice.idle(rows, rows * prompt_length))
+            runtime.arrangement.follow(cut=False, idle=runtime.kernel_choice.idle(rows, rows * prompt_length))
         return cut, reason
 
     def _choice(self, rows: int, consistent: bool) -> tuple[bool, str]:
@@ -101,7 +101,7 @@ class GenerationPlanner:
             return False, "the FFNs of this model run by masking, which saves nothing"
         site = runtime.sites[timed[0]]
         x = noise(rows, site.hidden_size).to(site.weight)
-        with runtime.layouts.side_by_side(timed) as (as_usual, by_units):
+        with runtime.arrangement.side_by_side(timed) as (as_usual, by_units):
             runtime.kernel_choice.compare(rows)
             kernels = runtime.kernel_choice
             whole = [kernels.whole(i, x) for i in as_usual]

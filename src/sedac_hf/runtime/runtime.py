@@ -29,13 +29,13 @@ from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.probes import ProbeBank
+from sedac_hf.runtime.arrangement import Arrangement
 from sedac_hf.runtime.captured import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
 from sedac_hf.runtime.kernel_choice import KernelChoice
-from sedac_hf.runtime.layouts import Layouts
 from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
@@ -119,7 +119,7 @@ class SedacRuntime:
         self.forcing: Forced | None = None
         self.probes_decide = True
         self.on_decision: OnDecision | None = None
-        self.layouts = Layouts(self)
+        self.arrangement = Arrangement(self)
         self.kernel_choice = KernelChoice(self)
         self.planner = GenerationPlanner(self)
         self.captured = CapturedExecution(self)
@@ -198,7 +198,7 @@ class SedacRuntime:
             self.weights.reorder(self.running_policy.channel_order)
             if policy.cut == "select":
                 self.build_shadows(shadow_bits)
-                self.weights.lay_out(self.layouts.by_choice)
+                self.weights.lay_out(self.arrangement.by_choice)
             self.attach()
         except BaseException:
             self.uninstall()
@@ -228,7 +228,7 @@ class SedacRuntime:
         self.weights.check_restorable()
         self.detach()
         self.captured.reset()
-        self.layouts.fixed = False
+        self.arrangement.fixed = False
         self.weights.restore()
         self.policy = self.running_policy = self.probes = self._controller = None
 
@@ -309,7 +309,7 @@ class SedacRuntime:
             self._attachment.put_aside(modules)
 
     def put_back_forwards(self) -> None:
-        if self._attachment is not None and self._attachment.has_idle:
+        if self._attachment is not None:
             self._attachment.put_back()
 
     def detach(self) -> None:
@@ -391,8 +391,6 @@ class SedacRuntime:
     def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
         """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
         cut, reason = self.planner.choose(rows, prompt_length, consistent=consistent)
-        if not consistent:
-            self.kernel_choice.compare_in_turns(rows * prompt_length)
         return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
 
     def choose_for_graphs(self) -> None:
@@ -402,7 +400,7 @@ class SedacRuntime:
             return
         choice = self.planner.choose_captured(call.rows, consistent=call.consistent)
         if self.attached and self.policy is not None:
-            self.layouts.fix(readers=1)  # this call's own
+            self.arrangement.fix(readers=1)  # this call's own
         if choice is not None:
             call.full_width, call.reason = not choice[0], choice[1]
 

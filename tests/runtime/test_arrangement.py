@@ -142,7 +142,7 @@ def test_an_interrupted_pass_reads_no_longer(monkeypatch):
     handle.remove()
     with torch.no_grad():
         model(ids)
-        assert model.runtime.layouts._readers == 0
+        assert model.runtime.arrangement._readers == 0
         model.generate(ids, **OPTIONS)
     assert not any(by_units(model))
 
@@ -165,7 +165,7 @@ def test_threads_that_want_it_otherwise_do_not_hurt_each_other(monkeypatch):
     for worker in workers:
         worker.join(60)
     assert not wrong
-    assert model.runtime.layouts._readers == 0
+    assert model.runtime.arrangement._readers == 0
 
 
 @torch.no_grad()

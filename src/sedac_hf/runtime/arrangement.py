@@ -1,11 +1,11 @@
-"""In which order the weights of a `select` policy's FFNs lie in memory while a call runs, and which of its replaced
-forwards are in place.
+"""How a decoder stands while a call runs: in which order the weights of a `select` policy's FFNs lie in memory, and
+which of the replaced forwards are in place.
 
 By units, single units are read quickly, and whole matrices by up to a tenth slower, as `benchmarks/layout.py` and
 `ffn.py` show. So FFNs lie by units for calls that cut, and as usual for a ``generate`` call that was measured to do
 better at full width. Moving them takes a few decode steps' time; it is done when a call wants it otherwise than the
 one before. Such a call also has the forwards put aside that would do nothing in it: with caches that the weights have
-swept, asking takes a layer 0.1 ms, 3% of a decode step (1B shape, bfloat16, two cores).
+swept, even asking them takes time that shows (`benchmarks/overhead.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 
-class Layouts:
-    """Moves weights between the two layouts, never while anybody else reads them: kernels know addresses alone.
+class Arrangement:
+    """Moves weights between the two layouts, never while anybody else reads them, for kernels know addresses alone;
+    puts forwards aside and back.
 
     Attributes:
         fixed: nothing is moved any more, since a captured graph knows where the weights are.
@@ -75,10 +76,8 @@ class Layouts:
     def follow(self, *, cut: bool, readers: int = 0, idle: Sequence[nn.Module] = ()) -> None:
         """Have the weights as a call wants them that cuts, or that runs all FFNs whole.
 
-        idle: the modules whose replaced forwards have nothing to do in it.
-
         Nothing happens while others than ``readers`` of the caller's own read them: then the call runs with them as
-        they are, which costs time alone.
+        they are, which costs time alone. idle: the modules whose replaced forwards have nothing to do in the call.
         """
         with self._lock:
             if self._may_move(readers):
