@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import tempfile
@@ -293,6 +294,9 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, consistent: bool = False, prompt: str | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, all modes, with two arguments more.
 
+        With ``cache_implementation="static"`` decode steps are compiled, on a GPU always and on a CPU where a
+        ``compile_config`` is given (`transformers.CompileConfig`; it takes a C++ compiler).
+
         Args:
             consistent: cut as calibrated even where that does not pay; default: one measured choice per call.
             prompt: "full": prompt tokens run at full width; "cut": as all others. Default: the configuration's, else
@@ -309,6 +313,15 @@ class SedacForCausalLM(PreTrainedModel, GenerationMixin):
             run = self.model.generate
         with generating(call):
             return run(*args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        # Transformers compiles nothing on a CPU unless told to by this flag. There a graph has our kernels inside and
+        # none of the Python around them, so a `compile_config` that was given is taken at its word.
+        if generation_config.compile_config is not None and self.device.type == "cpu":
+            generation_config.compile_config = copy.copy(generation_config.compile_config)
+            generation_config.compile_config._compile_all_devices = True
+        compiles: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return compiles
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` runs decode steps with where it compiles: one graph, the law on the device inside it."""

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import FFNWeights, OperatingPoint, library
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.library import selected_ffn, truncated_ffn
+from sedac_hf.ops.library import Handle, linear, selected_ffn, truncated_ffn
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 from tests.cut_cases import assert_as_good_as_plain, random_weights, site_cut
 
@@ -85,6 +85,31 @@ def test_registration_is_sound(gated: bool, n: int) -> None:
     x, widths = inputs(n), int32(*range(10, 10 + n))
     opcheck(truncated_ffn, (x, widths, *ffn(weights)))
     opcheck(selected_ffn, (x, widths, torch.full((n,), 0.1), *shadow(weights), *ffn(weights)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, D), (2, 3, D), (0, D)])
+def test_a_linear_map(shape: tuple[int, ...], bias: bool) -> None:
+    """Its own where the kernel declines, or is gone."""
+    x, weight = torch.randn(*shape), torch.randn(F, D)
+    b = torch.randn(F) if bias else None
+    opcheck(linear, (x, weight, b, 0))
+    expected = torch.nn.functional.linear(x, weight, b)
+    assert torch.equal(linear(x, weight, b, 0), expected)
+    asked: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def run(*arguments: Tensor | None) -> Tensor | None:
+        asked.append(arguments)  # type: ignore[arg-type]
+        return expected + 1 if len(asked) == 1 else None
+
+    handle = Handle(run)
+    assert torch.equal(linear(x, weight, b, handle.number), expected + 1)
+    assert torch.equal(linear(x, weight, b, handle.number), expected)
+    assert [given.data_ptr() for given in asked[0][:2]] == [x.data_ptr(), weight.data_ptr()]
+    number = handle.number
+    del handle, run
+    assert torch.equal(linear(x, weight, b, number), expected)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.configuration import SedacConfig
@@ -85,6 +85,20 @@ def test_one_graph_gives_the_tokens_and_levels_of_the_host(family, cut, compensa
     assert (counts.mismatches, counts.dropped, counts.decisions) == (0, 0, levels.size)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_on_a_cpu_a_given_configuration_is_taken_at_its_word():
+    model, ids = wrapped(), token_ids(2, 6)
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    for how in ({}, {"compile_config": config, "disable_compile": True}):
+        generate(model, ids, **{"compile_config": None, **how})
+        assert not counters["stats"]["unique_graphs"]
+    for how in ({"compile_config": config}, {"generation_config": GenerationConfig(compile_config=config)}):
+        torch._dynamo.reset()
+        counters.clear()
+        model.generate(ids, cache_implementation="static", consistent=True, **OPTIONS, **how)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert config._compile_all_devices is None, "the caller's own object"
 
 
 def test_the_graph_asks_the_host_nothing_and_reads_tables_where_they_lie():

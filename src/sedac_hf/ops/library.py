@@ -2,18 +2,20 @@
 
     sedac_hf::truncated_ffn    units up to each token's width
     sedac_hf::selected_ffn     of those, the units whose importance for this token, by the 4-bit shadow, is enough
+    sedac_hf::linear           a linear map; for graphs on a CPU, whose few rows the compiled kernel runs
 
 How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
 the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
 up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
 interleaved); a CPU runs up to `compiled.MAX_ROWS` rows by the compiled kernel that ``kernel`` names (see
-`KernelSource`); all else computes every unit in plain torch and zeroes what is not used. All give the same function.
+`Handle`); all else computes every unit in plain torch and zeroes what is not used. All give the same function.
 
 Shapes, for n tokens, d inputs, f units: x [n, d]; widths int32 [n], clipped to 0..f; importance_min float32 [n];
 gate and up [f, d], down [d, f], any strides; biases [f], [f], [d]. Of the shadow: codes and scales as `LowBitMatrix`
 holds them for 4 bits, deciding_bias and unit_norm float32 [f]. ``activation`` is a name in `activations.KNOWN`,
-``kernel`` a `KernelSource`'s handle or 0. The result is [n, d] in x's dtype, which is the weights'. No gradient is
-defined: training runs the masking engine.
+``kernel`` a `Handle`'s number or 0. The result is [n, d] in x's dtype, which is the weights'. Of `linear`: x [..., d],
+weight [outputs, d], bias [outputs]; the result is [..., outputs]. No gradient is defined: training runs the masking
+engine.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.contract import DecodeKernel, FFNWeights, OperatingPoint, ShadowTables
+from sedac_hf.ops.contract import FFNWeights, OperatingPoint, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
@@ -45,43 +47,54 @@ _SELECTED = (
     "(Tensor x, Tensor widths, Tensor importance_min, Tensor codes, Tensor scales, Tensor? deciding_bias, "
     f"Tensor unit_norm, {_FFN}"
 )
+_LINEAR = "(Tensor x, Tensor weight, Tensor? bias, int kernel) -> Tensor"
 
 
-class KernelSource:
-    """Where an operator finds the compiled kernel of its weights: graphs hold the number ``handle`` alone.
+class Handle:
+    """The number by which graphs name a kernel of the host: they can hold no object.
 
     Args:
-        kernel: the kernel on the weights as they lie now; kept no longer than this object.
+        kernel: of an FFN: gives the kernel on the weights as they lie now, or None; of a linear map: runs it on x,
+            weight and bias, or gives None. Kept no longer than this object.
     """
 
-    def __init__(self, kernel: Callable[[], DecodeKernel | None]) -> None:
+    def __init__(self, kernel: Callable[..., Any]) -> None:
         self.kernel = kernel
-        self.handle = next(_handles)
-        _sources[self.handle] = self
+        self.number = next(_numbers)
+        _handles[self.number] = self
 
 
-_handles = itertools.count(1)
-_sources: WeakValueDictionary[int, KernelSource] = WeakValueDictionary()
+_numbers = itertools.count(1)
+_handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 
 
-def _by_kernel(x: Tensor, widths: Tensor, importance_min: Tensor | None, up: Tensor, handle: int) -> Tensor | None:
+def _by_kernel(x: Tensor, widths: Tensor, importance_min: Tensor | None, up: Tensor, number: int) -> Tensor | None:
     """The FFN by its compiled kernel; None where there is none for this call."""
-    source = _sources.get(handle)
-    kernel = None if source is None else source.kernel()
-    if not isinstance(kernel, CpuFFN) or kernel.weights.up.data_ptr() != up.data_ptr() or not kernel.accepts(x):
+    handle = _handles.get(number)
+    kernel = None if handle is None else handle.kernel()
+    if (
+        not isinstance(kernel, CpuFFN)
+        or kernel.weights.up.data_ptr() != up.data_ptr()
+        or x.dim() != 2
+        or not kernel.accepts(x)
+    ):
         return None
-    if importance_min is not None and not kernel.selects:
+    if importance_min is None:
+        points = [OperatingPoint(max(width, 0)) for width in widths.tolist()]
+    elif kernel.selects:
+        least = importance_min.tolist()
+        points = [OperatingPoint(max(width, 0), value) for width, value in zip(widths.tolist(), least, strict=True)]
+    else:
         return None
-    least = [0.0] * x.shape[0] if importance_min is None else importance_min.tolist()
-    points = [OperatingPoint(max(width, 0), value) for width, value in zip(widths.tolist(), least, strict=True)]
     return kernel.run_accepted(x, points, kernel_threads())[0]
 
 
-def _truncated(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
-    weights = _weights(x, *ffn)
-    y = _by_kernel(x, widths, None, weights.up, ffn[-1])
+def _truncated(x: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, *ffn: Any) -> Tensor:
+    # A decode step comes here once per FFN: nothing in front of the kernel.
+    y = _by_kernel(x, widths, None, up, ffn[-1])
     if y is not None:
         return y
+    weights = _weights(x, gate, up, *ffn)
     return _masked(x, weights, _below(widths, weights.intermediate_size))
 
 
@@ -93,18 +106,26 @@ def _selected(
     scales: Tensor,
     deciding_bias: Tensor | None,
     unit_norm: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
     *ffn: Any,
 ) -> Tensor:
-    weights = _weights(x, *ffn)
-    y = _by_kernel(x, widths, importance_min, weights.up, ffn[-1])
+    y = _by_kernel(x, widths, importance_min, up, ffn[-1])
     if y is not None:
         return y
+    weights = _weights(x, gate, up, *ffn)
     sizes = (weights.hidden_size, 4, weights.intermediate_size)
     deciding = LowBitMatrix(codes, scales, *sizes, interleaved=codes.dim() == 5)
     worth = importance(x, deciding, deciding_bias, unit_norm, weights.activation)
     # Written so that a NaN keeps its unit: a token that is already broken must not look healthy.
     used = _below(widths, weights.intermediate_size) & ~(worth < importance_min[:, None])
     return _masked(x, weights, used)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: int) -> Tensor:
+    handle = _handles.get(kernel)
+    y: Tensor | None = None if handle is None else handle.kernel(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias) if y is None else y
 
 
 def _below(widths: Tensor, intermediate_size: int) -> Tensor:
@@ -148,20 +169,11 @@ def _like_output(x: Tensor, down: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], down.shape[0])
 
 
-truncated_ffn = torch.library.custom_op(
-    "sedac_hf::truncated_ffn", _truncated, mutates_args=(), device_types="cpu", schema=_TRUNCATED
-)
-selected_ffn = torch.library.custom_op(
-    "sedac_hf::selected_ffn", _selected, mutates_args=(), device_types="cpu", schema=_SELECTED
-)
-
-
 def triton_is_installed() -> bool:
     """Whether the operators can run on CUDA; PyTorch brings Triton along for Linux only."""
     return find_spec("triton") is not None
 
 
-@truncated_ffn.register_kernel("cuda")
 def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
     weights = _weights(x, *ffn)
     if x.shape[0] == 0:
@@ -173,7 +185,6 @@ def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
     return truncated(x, widths, weights, ffn[-2])
 
 
-@selected_ffn.register_kernel("cuda")
 def _selected_on_cuda(
     x: Tensor,
     widths: Tensor,
@@ -202,13 +213,11 @@ def _need_triton() -> None:
         )
 
 
-@truncated_ffn.register_fake
-def _(x: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+def _like_truncated(x: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
     return _like_output(x, down)
 
 
-@selected_ffn.register_fake
-def _(
+def _like_selected(
     x: Tensor,
     widths: Tensor,
     importance_min: Tensor,
@@ -222,3 +231,26 @@ def _(
     *rest: Any,
 ) -> Tensor:
     return _like_output(x, down)
+
+
+def _like_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _operator(name: str, schema: str, fake: Callable[..., Tensor], **kernels: Callable[..., Tensor]) -> Any:
+    """Register an operator with its kernels by device.
+
+    Not by `torch.library.custom_op`, whose layers in Python around a kernel take 6 us more per call, and with the
+    caches of a decode step several times as much.
+    """
+    qualified = f"sedac_hf::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    for device, kernel in kernels.items():
+        torch.library.impl(qualified, device, kernel)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.sedac_hf, name).default
+
+
+truncated_ffn = _operator("truncated_ffn", _TRUNCATED, _like_truncated, cpu=_truncated, cuda=_truncated_on_cuda)
+selected_ffn = _operator("selected_ffn", _SELECTED, _like_selected, cpu=_selected, cuda=_selected_on_cuda)
+linear = _operator("linear", _LINEAR, _like_linear, cpu=_linear)

@@ -12,7 +12,7 @@ levels or thresholds change. The compiled controller replays the graph's log beh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,8 @@ from transformers.utils import logging
 from sedac_hf.control.audit import AuditCounts, DecisionAudit
 from sedac_hf.control.decision_log import DecisionLog
 from sedac_hf.control.torch_engine import DeviceLaw
-from sedac_hf.ffn.linears import original_forward, weight_of
 from sedac_hf.ffn.shadow import Shadow
-from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.runtime.captured_parts import CapturedParts
 from sedac_hf.runtime.captured_sites import CapturedSite
 from sedac_hf.runtime.captured_stats import CapturedTotals
 from sedac_hf.runtime.execution import Execution
@@ -59,6 +58,7 @@ class CapturedExecution(Execution):
 
     def __init__(self, runtime: SedacRuntime) -> None:
         super().__init__(runtime)
+        self.parts = CapturedParts(runtime, self)
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +72,7 @@ class CapturedExecution(Execution):
     def fresh(self) -> CapturedExecution:
         """This execution with nothing remembered of earlier eager steps; graphs that know it stay good."""
         super().__init__(self._runtime)
+        self.parts.fresh()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class CapturedExecution(Execution):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.irregular = None
+        self.parts = CapturedParts(self._runtime, self)
         self.reset()
 
     @property
@@ -175,13 +177,14 @@ class CapturedExecution(Execution):
                 return eager(*args, **kwargs)
             self.whole = bool(runtime.whole_depth) or (generation is not None and generation.full_width)
             n_tokens = shape[0] * shape[1]
+            self.parts.choose(n_tokens, by_time=generation is not None and not generation.consistent)
             self.totals.starts(n_tokens, before_change=self.audit.flush)
             self.serving = True
             try:
                 output = compiled(*args, **kwargs)
             finally:
                 self.serving = False
-            self.totals.ran(n_tokens, whole=self.whole)
+            self.totals.ran(n_tokens, whole=self.whole, by_kernel=self.parts.whole_by_kernel)
             if not self.whole:
                 self.audit.after_pass(n_tokens)
             return output
@@ -236,86 +239,3 @@ class CapturedExecution(Execution):
             # In front of the first checkpoint all levels below the top are alike.
             return torch.ones(n_tokens, dtype=torch.int32, device=current.state.device)
         return current.levels
-
-    def switch(
-        self, i: int, site: FFNSite, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]
-    ) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The forwards of `forward_replacements`, each with its part in a trace beside it."""
-        parts: dict[int, type[_Untouched]] = {}
-        if site.experts is None:
-            parts = {id(site.owner): _WholeCall, id(site.down): _Down}
-            first = site.up if site.gate is None else site.gate
-            parts.setdefault(id(first), _First)
-        return [
-            (module, parts.get(id(module), _Untouched)(self, i, module, forward).forward)
-            for module, forward in replacements
-        ]
-
-    def untouched(
-        self, replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]
-    ) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """Replaced forwards of other modules, which a trace is to run as they were."""
-        return [(module, _Untouched(self, -1, module, forward).forward) for module, forward in replacements]
-
-
-class _Untouched:
-    """A linear that a trace runs as it is."""
-
-    def __init__(self, execution: CapturedExecution, i: int, module: nn.Module, eager: Callable[..., Any]) -> None:
-        self.execution = execution
-        self.i = i
-        self.module = module
-        self.eager = eager
-        self.original = original_forward(module)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        execution = self.execution  # a decode step comes here some hundred times
-        if not execution.serving or not execution.tracing:
-            return self.eager(*args, **kwargs)
-        return self.traced(*args, **kwargs)
-
-    def traced(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs)
-
-    def levels(self, x: Tensor) -> Tensor | None:
-        return self.execution.levels_at(self.i, x.numel() // x.shape[-1])
-
-
-class _WholeCall(_Untouched):
-    """The owner of a recognised FFN."""
-
-    def traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        captured, levels = self.execution.sites[self.i], self.levels(x)
-        unusual = args or kwargs or self.module.training or torch.is_autocast_enabled(x.device.type)
-        if levels is None or unusual or not captured.whole_call or x.dtype != weight_of(captured.site.down).dtype:
-            return self.original(x, *args, **kwargs)
-        y = captured.run(x.reshape(-1, x.shape[-1]), levels)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-class _First(_Untouched):
-    """Gate, or what stands in its place: leaves for down what decides which units are used."""
-
-    def traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self.original(x, *args, **kwargs)
-        captured, current = self.execution.sites[self.i], self.execution.current
-        if captured.selects and current.state is not None:
-            current.x = x
-            current.z = captured.gate_part(output)
-        return output
-
-
-class _Down(_Untouched):
-    """Down of an FFN whose own forward runs: units that a token does not use are zeroed in front of it."""
-
-    def traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        captured, current, levels = self.execution.sites[self.i], self.execution.current, self.levels(x)
-        given, gate = current.x, current.z
-        current.x = current.z = None
-        if levels is None:
-            return self.original(x, *args, **kwargs)
-        given = None if given is None else given.reshape(-1, given.shape[-1])
-        gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
-        h = captured.mask(x.reshape(-1, x.shape[-1]), levels, given, gate)
-        y = self.original(h.reshape(x.shape), *args, **kwargs)
-        return captured.compensated(y.reshape(-1, y.shape[-1]), h, levels).reshape(y.shape)

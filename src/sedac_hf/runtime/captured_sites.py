@@ -20,7 +20,7 @@ from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint
-from sedac_hf.ops.library import KernelSource, selected_ffn, truncated_ffn
+from sedac_hf.ops.library import Handle, selected_ffn, truncated_ffn
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
 
@@ -44,6 +44,7 @@ class CapturedSite(nn.Module):
 
     widths: Tensor
     least: Tensor
+    every: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -70,6 +71,8 @@ class CapturedSite(nn.Module):
         self.whole_call = site.plain_forward and all(is_readable(linear) for linear in site.linears)
         self.register_buffer("widths", torch.tensor(widths, dtype=torch.int32, device=like.device), persistent=False)
         self.register_buffer("least", torch.tensor(least, dtype=torch.float32, device=like.device), persistent=False)
+        every = torch.full((MAX_ROWS,), f, dtype=torch.int32, device=like.device)
+        self.register_buffer("every", every, persistent=False)
         bias = None if compensation is None else compensation.bias(like)
         self.register_buffer("bias", bias, persistent=False)
         maps = [
@@ -79,8 +82,8 @@ class CapturedSite(nn.Module):
         plain = self.whole_call and all(is_plain(linear) for linear in site.linears)
         self.activation = name_of(site.activation) if plain and site.activation is not None else None
         self.operator = self._operator()
-        self._source = None if kernel is None or not self.operator else KernelSource(kernel)
-        self._handle = 0 if self._source is None else self._source.handle
+        self._handle = None if kernel is None or not self.operator else Handle(kernel)
+        self._number = 0 if self._handle is None else self._handle.number
 
     def _operator(self) -> str:
         # A low-rank map reads the hidden units, which the operators keep to themselves.
@@ -92,8 +95,8 @@ class CapturedSite(nn.Module):
 
     def skips(self, rows: int, device_type: str) -> bool:
         """Whether a call of so many rows leaves out what is not needed on such a device; else it masks."""
-        if device_type == "cpu" and self._source is not None and rows <= MAX_ROWS:
-            kernel = self._source.kernel()
+        if device_type == "cpu" and self._handle is not None and rows <= MAX_ROWS:
+            kernel = self._handle.kernel()
             return isinstance(kernel, CpuFFN) and (kernel.selects or not self.selects)
         if device_type != "cuda" or not self.operator:
             return False
@@ -108,17 +111,24 @@ class CapturedSite(nn.Module):
         h = self.mask(weights.hidden(x), levels, x if self.selects else None, None)
         return self.compensated(nn.functional.linear(h, weights.down, weights.down_bias), h, levels)
 
+    def run_whole(self, x: Tensor) -> Tensor:
+        """The whole FFN by its operator, for x [n, d] of at most `MAX_ROWS` rows: -> [n, d]."""
+        gate, up, down, *biases = self.site.parts()
+        every = self.every[: x.shape[0]]
+        y: Tensor = truncated_ffn(x, every, gate, up, down, *biases, self.activation, self._number)
+        return y
+
     def _operated(self, x: Tensor, levels: Tensor) -> Tensor:
         gate, up, down, *biases = self.site.parts()
         y: Tensor
         if self.operator == "truncated_ffn":
-            y = truncated_ffn(x, self.widths[levels], gate, up, down, *biases, self.activation, self._handle)
+            y = truncated_ffn(x, self.widths[levels], gate, up, down, *biases, self.activation, self._number)
             return y
         shadow = self.shadow
         assert isinstance(shadow, Shadow)
         deciding = (shadow.deciding.codes, shadow.deciding.scales, shadow.bias, shadow.unit_norm)
         chosen = (self.widths[levels], self.least[levels], *deciding)
-        y = selected_ffn(x, *chosen, gate, up, down, *biases, self.activation, self._handle)
+        y = selected_ffn(x, *chosen, gate, up, down, *biases, self.activation, self._number)
         return y
 
     def mask(self, h: Tensor, levels: Tensor, x: Tensor | None, z: Tensor | None) -> Tensor:
@@ -163,7 +173,7 @@ class CapturedSite(nn.Module):
 
     def static_tensors(self) -> list[Tensor]:
         """Tensors that graphs read at one address, beyond the model's own parameters."""
-        tensors: list[Any] = [self.widths, self.least, self.bias]
+        tensors: list[Any] = [self.widths, self.least, self.every, self.bias]
         tensors += [factor for _, *factors in self.low_rank for factor in factors]
         if isinstance(self.shadow, Shadow):
             deciding = self.shadow.deciding

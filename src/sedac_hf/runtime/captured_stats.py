@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,14 +37,18 @@ class CapturedTotals:
             before_change()
             self._rows = n_tokens
 
-    def ran(self, n_tokens: int, *, whole: bool) -> None:
-        """One call of a graph, counted now; what it decided is counted when its log is replayed."""
+    def ran(self, n_tokens: int, *, whole: bool, by_kernel: Collection[int]) -> None:
+        """One call of a graph, counted now; what it decided is counted when its log is replayed.
+
+        by_kernel: the FFNs that a compiled kernel runs where they are whole.
+        """
         runtime = self._runtime
         runtime.tally.begin(n_tokens)
         for i, cost in enumerate(runtime.tally.costs):
             if whole or runtime.sites[i].experts is not None:  # experts run untouched in a graph
                 all_of_it, read = cost.units * n_tokens, cost.whole_read(n_tokens)
-                runtime.tally.ffn(i, engine="whole", tokens=n_tokens, needed=all_of_it, read=read, computed=all_of_it)
+                engine = "rust, whole" if i in by_kernel else "whole"
+                runtime.tally.ffn(i, engine=engine, tokens=n_tokens, needed=all_of_it, read=read, computed=all_of_it)
 
     def replayed(self, part: LoggedPasses, exited: NDArray[np.bool_], ratios: NDArray[np.float32]) -> None:
         """What one parameter block decided, token by token."""

@@ -66,6 +66,25 @@ class DecodeLinear:
         weight, bias = held.get("weight"), held.get("bias")
         if weight is None:  # pruned or parametrised since: a function of other parameters
             return None
+        kernel = self._kernel_on(weight, bias)
+        if kernel is None or not kernel.accepts(x) or wants_gradient(x, weight, bias):
+            return None
+        if state is None:
+            return None if torch.is_autocast_enabled("cpu") else kernel.run_accepted(x, kernel_threads())
+        threads = state.turn_threads if rows > MAX_ROWS else state.threads or state.turn_threads
+        if not threads or (ask and state.by_time and not self.usable(self.shape, rows, threads)):
+            return None
+        return kernel.run_accepted(x, threads)
+
+    def in_graph(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`by_kernel` for a captured graph, which brings the parameters along and has settled all else."""
+        kernel = self._kernel_on(weight, bias)
+        if kernel is None or not kernel.accepts(x):
+            return None
+        return kernel.run_accepted(x, kernel_threads())
+
+    def _kernel_on(self, weight: Tensor, bias: Tensor | None) -> CpuLinear | None:
+        """The kernel on the parameters as they lie now."""
         if bias is None:
             place = weight.data_ptr(), weight.nbytes, 0, 0
         else:
@@ -77,14 +96,7 @@ class DecodeLinear:
             kernel = CpuLinear(weight, bias) if fits else None
             self.shape = (outputs, inputs, weight.dtype)
             self._kernel = (place, kernel)
-        if kernel is None or not kernel.accepts(x) or wants_gradient(x, weight, bias):
-            return None
-        if state is None:
-            return None if torch.is_autocast_enabled("cpu") else kernel.run_accepted(x, kernel_threads())
-        threads = state.turn_threads if rows > MAX_ROWS else state.threads or state.turn_threads
-        if not threads or (ask and state.by_time and not self.usable(self.shape, rows, threads)):
-            return None
-        return kernel.run_accepted(x, threads)
+        return kernel
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": _NO_KERNEL}  # a kernel is made of addresses

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sedac_hf.errors import ConfigError
 
 _PLACES = ("forward", "_old_forward")  # the latter is accelerate's, in modules that it has hooked
+_HOOK_ID = -1  # PyTorch counts up from 0
 
 
 class Attachment:
@@ -37,6 +38,7 @@ class Attachment:
         """Call ``before`` and ``after`` around each forward of a module, ``after`` also when the forward raises."""
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, always_call=True))
+        _rename(module, self._handles[-1])
 
     def after_forward(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> None:
         """Show a module's output to ``hook``, which must not change it."""
@@ -90,6 +92,15 @@ class Attachment:
                 module.__dict__.pop(name, None)
             else:  # accelerate has hooked the module since, and keeps there what it runs
                 setattr(module, place, type(module).forward.__get__(module))
+
+
+def _rename(module: nn.Module, handle: RemovableHandle) -> None:
+    """Have a hook that is always called go by an id that it has at each attachment: graphs guard on that number, and
+    would be compiled again for a model that was only disabled in between."""
+    hooks, always = module._forward_hooks, module._forward_hooks_always_called
+    if _HOOK_ID not in hooks:
+        hooks[_HOOK_ID], always[_HOOK_ID] = hooks.pop(handle.id), always.pop(handle.id)
+        handle.id = _HOOK_ID
 
 
 class Whereabouts:

@@ -288,15 +288,15 @@ class SedacRuntime:
                 experts = functools.partial(self.weights.expert_kernels, i) if kernels else None
                 replacements = forward_replacements(site, cut, decoded if kernels else None, uneven, experts)
                 masked.append(masked_because(replacements))
-                attachment.replace_forwards(execution.switch(i, site, replacements))
+                attachment.replace_forwards(execution.parts.of_site(i, site, replacements))
             self.decode_linears = ()
             if kernels:
                 ours = {id(linear) for site in self.sites for linear in site.linears}
                 self.decode_linears = tuple(decode_linears(self.model, ours, self.kernel_choice.linear_by_kernel))
-                others = [(linear.module, linear.forward) for linear in self.decode_linears]
+                attachment.replace_forwards(execution.parts.of_linears(self.decode_linears))
                 if self.policy is not None and self.policy.cut == "select":
-                    others += [(linear.module, linear.forward) for linear in units_linears(self.sites)]
-                attachment.replace_forwards(execution.untouched(others))
+                    down = [(linear.module, linear.forward) for linear in units_linears(self.sites)]
+                    attachment.replace_forwards(execution.parts.untouched(down))
         except BaseException:
             attachment.detach()
             raise
