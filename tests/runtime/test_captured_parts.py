@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -79,8 +81,10 @@ def test_more_rows_than_kernels_take_run_as_they_are():
     assert counts == {"truncated_ffn": 3}  # a cut is asked for, and masks
 
 
-def test_nothing_is_compiled_again_for_a_model_that_was_disabled_or_ran_whole():
-    model, ids = wrapped(), token_ids(2, 6)
+@pytest.mark.parametrize("cut", ["select", "truncate"])
+def test_nothing_is_compiled_again_for_a_model_that_was_disabled_or_ran_whole_or_otherwise(cut):
+    model, ids = wrapped(cut=cut), token_ids(2, 6)
+    schedule = model.runtime.policy.schedule
     expected = generate(model, ids)
     with model.full_width():
         whole = generate(model, ids)
@@ -90,6 +94,13 @@ def test_nothing_is_compiled_again_for_a_model_that_was_disabled_or_ran_whole():
         assert torch.equal(generate(model, ids), expected)
         with model.full_width():
             assert torch.equal(generate(model, ids), whole)
+        assert torch.equal(generate(model, ids), expected)
+        halved = [[point._replace(width=point.width // 2) for point in levels[:-1]] for levels in schedule.points]
+        points = tuple((*below, levels[-1]) for below, levels in zip(halved, schedule.points, strict=True))
+        model.runtime.reschedule(replace(schedule, points=points))
+        generate(model, ids)
+        assert torch.equal(generate(model, ids), generate(model, ids, compiled=False))
+        model.runtime.reschedule(schedule)
         assert torch.equal(generate(model, ids), expected)
 
 

@@ -136,7 +136,7 @@ class CapturedExecution(Execution):
                 policy.schedule.points[i],
                 runtime.weights.shadows[i],
                 compensation[i],
-                functools.partial(runtime.weights.kernel, i),
+                self.parts.handle(i),
             )
             for i, site in enumerate(runtime.sites)
         ]

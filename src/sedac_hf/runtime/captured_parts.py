@@ -5,6 +5,7 @@ Each stands in front of the eager forward, which a decode step outside of a grap
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -140,13 +141,21 @@ class CapturedParts:
         self._runtime = runtime
         self._execution = execution
         self._parts: list[Untouched] = []
-        self._handles: dict[int, Handle] = {}  # by the ``id`` of a linear map
+        # A graph knows their numbers, so they stay through all that may be attached and built anew.
+        self._of_sites: dict[int, Handle] = {}
+        self._of_linears: dict[int, Handle] = {}  # by ``id``
         self._chosen_for: tuple[object, ...] = ()
         self.whole_by_kernel: frozenset[int] = frozenset()
 
     def fresh(self) -> None:
         """The model has been let go of and is attached to anew; graphs that were made before stay good."""
         self._parts, self._chosen_for, self.whole_by_kernel = [], (), frozenset()
+
+    def handle(self, i: int) -> Handle:
+        """Of the compiled kernel of an FFN."""
+        if i not in self._of_sites:
+            self._of_sites[i] = Handle(functools.partial(self._runtime.weights.kernel, i))
+        return self._of_sites[i]
 
     def of_site(self, i: int, site: FFNSite, replacements: Iterable[Replacement]) -> list[Replacement]:
         """The forwards of `forward_replacements`, each with its part in a trace in front of it."""
@@ -162,7 +171,7 @@ class CapturedParts:
     def of_linears(self, linears: Iterable[DecodeLinear]) -> list[Replacement]:
         made = []
         for decode_linear in linears:
-            handle = self._handles.setdefault(id(decode_linear.module), Handle(decode_linear.in_graph))
+            handle = self._of_linears.setdefault(id(decode_linear.module), Handle(decode_linear.in_graph))
             handle.kernel = decode_linear.in_graph
             made.append(Linear(self._execution, decode_linear, handle))
         return self._added(made)

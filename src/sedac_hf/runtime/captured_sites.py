@@ -7,7 +7,6 @@ Everything else computes every unit and zeroes what a token does not use: right,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from sedac_hf.ffn.shadow import ExactGate, Shadow
 from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.compiled import MAX_ROWS
-from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint
+from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import Handle, selected_ffn, truncated_ffn
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
@@ -33,7 +32,7 @@ class CapturedSite(nn.Module):
         points: one operating point per level 0..n_levels.
         shadow: what decides, where a point chooses by importance.
         compensation: what stands in for the units left out.
-        kernel: gives the compiled kernel of the weights, for graphs on a CPU.
+        handle: of the compiled kernel of the weights, for graphs on a CPU.
 
     Attributes:
         cuts: whether some level runs less than the whole FFN.
@@ -53,7 +52,7 @@ class CapturedSite(nn.Module):
         points: tuple[OperatingPoint, ...],
         shadow: Decider | None,
         compensation: Compensation | None,
-        kernel: Callable[[], DecodeKernel | None] | None = None,
+        handle: Handle | None = None,
     ) -> None:
         super().__init__()
         self.site = site
@@ -82,7 +81,7 @@ class CapturedSite(nn.Module):
         plain = self.whole_call and all(is_plain(linear) for linear in site.linears)
         self.activation = name_of(site.activation) if plain and site.activation is not None else None
         self.operator = self._operator()
-        self._handle = None if kernel is None or not self.operator else Handle(kernel)
+        self._handle = handle if self.operator else None
         self._number = 0 if self._handle is None else self._handle.number
 
     def _operator(self) -> str:
