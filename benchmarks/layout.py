@@ -2,7 +2,8 @@
 
 The kernels read single units of such weights. Products of more rows than they take run by torch, whose time depends on
 the layout, or in bfloat16 by a compiled product: `units/usual` is torch's time by units over torch's with the usual
-layout, `ours/usual` the compiled product's, for one of the three products of an FFN. A sample goes through so many
+layout, `ours/usual` the compiled product's, also of more rows than it is used for, for one of the three products of an
+FFN. A sample goes through so many
 matrices that none is in a cache.
 
     python benchmarks/layout.py [--shape HIDDENxUNITS] [--rows N]
@@ -20,7 +21,7 @@ from timing import about, take_turns
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_hf.ops.rust_product import accepts, product
+from sedac_hf.ops.rust_product import LEAST_ROWS, available, product
 
 SHAPES = ("896x4864", "2048x8192")
 ROWS = (1, 2, 5, 16, 32, 64, 128, 256)
@@ -62,7 +63,7 @@ def main() -> None:
             for rows in args.rows or ROWS:
                 x = torch.randn(rows, f).to(dtype)
                 calls = {"usual": one_by_one(x, usual), "by units": one_by_one(x, by_units)}
-                if accepts(x, by_units[0], None):
+                if available() and dtype is torch.bfloat16 and rows >= LEAST_ROWS:
                     calls["ours"] = one_by_one(x, by_units, product)
                 samples = take_turns(calls, rounds=ROUNDS, seconds=args.seconds)
                 times = {key: taken.median / count for key, taken in samples.items()}

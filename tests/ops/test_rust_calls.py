@@ -17,7 +17,7 @@ from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.rust_linear import CpuLinear
-from sedac_hf.ops.rust_product import MOST_ROWS, accepts, product
+from sedac_hf.ops.rust_product import accepts, most_rows, product
 from tests.cut_cases import Recorder, assert_as_good_as_plain, masked, random_weights, relative_error, site_cut
 from tests.kernel_cases import DTYPES, case, threads
 
@@ -214,7 +214,7 @@ def test_which_products_by_units_are_accepted():
     assert not accepts(torch.randn(4, 2).bfloat16().T, weight, None)
     assert not accepts(torch.randn(2, 3).bfloat16(), weight, None)
     assert not accepts(x[:1], weight, None)
-    assert not accepts(x[:1].expand(MOST_ROWS + 1, 4).contiguous(), weight, None)
+    assert not accepts(x[:1].expand(most_rows() + 1, 4).contiguous(), weight, None)
     assert not accepts(x, weight.as_subclass(Subclass), None)
     wanted = weight.detach().requires_grad_()
     assert not accepts(x, wanted, None)

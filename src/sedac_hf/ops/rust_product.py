@@ -15,8 +15,8 @@ from sedac_hf.ops import compiled
 from sedac_hf.ops.compiled import address, is_plain, placed, rows_are_runs, wants_gradient
 from sedac_hf.ops.threads import kernel_threads
 
-LEAST_ROWS, MOST_ROWS = 2, 128
-"""Rows with which it was seen to be quicker than torch."""
+LEAST_ROWS = 2
+"""Rows from which it was seen to be quicker than torch."""
 
 
 @functools.cache
@@ -25,9 +25,16 @@ def available() -> bool:
     return "avx512-bf16" in compiled.instruction_sets()
 
 
+@functools.cache
+def most_rows() -> int:
+    """Rows up to which it was seen to be quicker than torch, whose products use AMX where the machine has it."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)  # there since PyTorch 2.6
+    return 4 if asked is not None and asked() else 128
+
+
 def accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `product` can run ``x W^T + b``, and should: bfloat16 on a CPU that has its products, a weight whose
-    columns are runs of memory, `LEAST_ROWS` to `MOST_ROWS` rows, no gradient and no autocast."""
+    columns are runs of memory, `LEAST_ROWS` to `most_rows` rows, no gradient and no autocast."""
     return (
         available()
         and weight.dim() == 2
@@ -38,7 +45,7 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype is torch.bfloat16
         and x.size(-1) == weight.shape[1]
         and x.is_contiguous()
-        and LEAST_ROWS <= x.numel() // weight.shape[1] <= MOST_ROWS
+        and LEAST_ROWS <= x.numel() // weight.shape[1] <= most_rows()
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
