@@ -198,13 +198,21 @@ def test_the_product_by_units(inputs, outputs, rows, bias):
     assert torch.equal(product(x[:1], weight, b), y[:1])
 
 
+@pytest.mark.parametrize(("has_amx", "most"), [(True, 4), (False, 128)])
+def test_torchs_own_products_use_amx(has_amx, most, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    most_rows.cache_clear()
+    assert most_rows() == most
+    most_rows.cache_clear()
+
+
 @pytest.mark.skipif(not rust_product.available(), reason="no bf16 products")
 def test_which_products_by_units_are_accepted():
     weight, x = torch.randn(4, 6).bfloat16().T, torch.randn(2, 4).bfloat16()
     bias = torch.ones(6).bfloat16()
     assert accepts(x, weight, None)
     assert accepts(x, weight, bias)
-    assert accepts(x.expand(3, 2, 4).contiguous(), weight, bias)
+    assert accepts(x.expand(2, 2, 4).contiguous(), weight, bias)
     assert not accepts(x, weight.contiguous(), None)  # the usual layout
     assert not accepts(x, weight, bias.float())
     assert not accepts(x, weight, torch.ones(12).bfloat16()[::2])
