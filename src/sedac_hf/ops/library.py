@@ -244,7 +244,9 @@ def _operator(name: str, schema: str, fake: Callable[..., Tensor], **kernels: Ca
     caches of a decode step several times as much.
     """
     qualified = f"sedac_hf::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    # Weights keep their strides, which say how they lie; the first of these is there since PyTorch 2.7.
+    strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+    torch.library.define(qualified, schema, tags=(strides, torch.Tag.pt2_compliant_tag))
     for device, kernel in kernels.items():
         torch.library.impl(qualified, device, kernel)
     torch.library.register_fake(qualified, fake)
