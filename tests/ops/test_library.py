@@ -184,6 +184,21 @@ def test_what_cannot_be_computed_is_refused() -> None:
         truncated_ffn(inputs(1, torch.float16), int32(3), *ffn(weights))
 
 
+def test_a_gradient_is_refused_in_front_of_the_work() -> None:
+    """PyTorch alone would warn at the backward pass, and give none."""
+    weights = random_weights(D, F)
+    x, least = inputs(2).requires_grad_(), torch.full((2,), 0.1)
+    for call in (
+        lambda: truncated_ffn(x, int32(3, 4), *ffn(weights)),
+        lambda: selected_ffn(x, int32(3, 4), least, *shadow(weights), *ffn(weights)),
+        lambda: linear(x, torch.randn(F, D), None, 0),
+    ):
+        with pytest.raises(ConfigError, match=r"define no gradient, .* call them under `torch.no_grad\(\)`"):
+            call()
+        with torch.no_grad():
+            assert not call().requires_grad
+
+
 def test_cuda_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "triton_is_installed", lambda: False)
     weights = random_weights(D, F)

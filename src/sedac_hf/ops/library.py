@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.activations import KNOWN
+from sedac_hf.ops.compiled import wants_gradient
 from sedac_hf.ops.contract import FFNWeights, OperatingPoint, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 from sedac_hf.ops.rust_cpu import CpuFFN
@@ -125,7 +126,10 @@ def _selected(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: int) -> Tensor:
     handle = _handles.get(kernel)
     y: Tensor | None = None if handle is None else handle.kernel(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias) if y is None else y
+    if y is not None:
+        return y
+    _need_no_gradient(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _below(widths: Tensor, intermediate_size: int) -> Tensor:
@@ -162,7 +166,16 @@ def _weights(
             f"x must be [tokens, hidden] in the weights' dtype {up.dtype}, got {list(x.shape)} in {x.dtype}: flatten "
             "the batch and cast x"
         )
+    _need_no_gradient(x, gate, up, down, gate_bias, up_bias, down_bias)
     return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias, KNOWN[activation])
+
+
+def _need_no_gradient(*tensors: Tensor | None) -> None:
+    if wants_gradient(*tensors):
+        raise ConfigError(
+            "these operators define no gradient, and x or a weight wants one: call them under `torch.no_grad()`, or "
+            "train with plain forward calls, which run in engines that autograd follows"
+        )
 
 
 def _like_output(x: Tensor, down: Tensor) -> Tensor:
