@@ -9,7 +9,7 @@ import torch
 from sedac_hf.ops import SiteCut, cut_ffn
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.runtime import SedacRuntime
-from sedac_hf.runtime.captured_sites import CapturedSite
+from sedac_hf.runtime.captured.sites import CapturedSite
 from tests.policies import N_LEVELS, random_policy
 from tests.tiny_models import tiny_model
 

@@ -30,7 +30,7 @@ from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.arrangement import Arrangement
-from sedac_hf.runtime.captured import CapturedExecution
+from sedac_hf.runtime.captured.execution import CapturedExecution
 from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
 from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation

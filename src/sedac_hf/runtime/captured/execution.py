@@ -23,9 +23,9 @@ from sedac_hf.control.audit import AuditCounts, DecisionAudit
 from sedac_hf.control.decision_log import DecisionLog
 from sedac_hf.control.torch_engine import DeviceLaw
 from sedac_hf.ffn.shadow import Shadow
-from sedac_hf.runtime.captured_parts import CapturedParts
-from sedac_hf.runtime.captured_sites import CapturedSite
-from sedac_hf.runtime.captured_stats import CapturedTotals
+from sedac_hf.runtime.captured.parts import CapturedParts
+from sedac_hf.runtime.captured.sites import CapturedSite
+from sedac_hf.runtime.captured.stats import CapturedTotals
 from sedac_hf.runtime.execution import Execution
 from sedac_hf.runtime.forward_pass import call_shape, current_generation
 from sedac_hf.runtime.observation import token_rows

@@ -20,7 +20,7 @@ from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
 
 if TYPE_CHECKING:
-    from sedac_hf.runtime.captured import CapturedExecution
+    from sedac_hf.runtime.captured.execution import CapturedExecution
     from sedac_hf.runtime.decode_linears import DecodeLinear
     from sedac_hf.runtime.runtime import SedacRuntime
 

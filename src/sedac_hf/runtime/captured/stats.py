@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sedac_hf.control.decision_log import LoggedPasses
-from sedac_hf.runtime.captured_sites import CapturedSite
+from sedac_hf.runtime.captured.sites import CapturedSite
 
 if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
