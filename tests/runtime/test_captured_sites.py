@@ -62,6 +62,16 @@ def test_masking_in_front_of_down_is_the_reference(cut):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("cut", ["truncate", "select"])
+def test_a_whole_ffn_by_its_operator(cut, rows):
+    """Also of more rows than kernels take: a model may hand an FFN other rows than a call has tokens."""
+    site, captured, _, _, _ = setting("llama", cut, False)
+    x = torch.randn(rows, site.hidden_size)
+    torch.testing.assert_close(captured.run_whole(x), site.owner(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_whole_ffn_is_neither_masked_nor_compensated():
     site, captured, x, _, _ = setting("llama", "truncate", True)
     whole = torch.full((x.shape[0],), N_LEVELS, dtype=torch.int32)

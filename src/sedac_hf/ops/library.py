@@ -253,8 +253,7 @@ def _like_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _operator(name: str, schema: str, fake: Callable[..., Tensor], **kernels: Callable[..., Tensor]) -> Any:
     """Register an operator with its kernels by device.
 
-    Not by `torch.library.custom_op`, whose layers in Python around a kernel take 6 us more per call, and with the
-    caches of a decode step several times as much.
+    Not by `torch.library.custom_op`: its layers in Python around a kernel add to each call of a decode step.
     """
     qualified = f"sedac_hf::{name}"
     # Weights keep their strides, which say how they lie; the first of these is there since PyTorch 2.7.

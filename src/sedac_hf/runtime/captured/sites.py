@@ -43,7 +43,7 @@ class CapturedSite(nn.Module):
 
     widths: Tensor
     least: Tensor
-    every: Tensor
+    whole: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -70,8 +70,8 @@ class CapturedSite(nn.Module):
         self.whole_call = site.plain_forward and all(is_readable(linear) for linear in site.linears)
         self.register_buffer("widths", torch.tensor(widths, dtype=torch.int32, device=like.device), persistent=False)
         self.register_buffer("least", torch.tensor(least, dtype=torch.float32, device=like.device), persistent=False)
-        every = torch.full((MAX_ROWS,), f, dtype=torch.int32, device=like.device)
-        self.register_buffer("every", every, persistent=False)
+        whole = torch.full((1,), f, dtype=torch.int32, device=like.device)
+        self.register_buffer("whole", whole, persistent=False)
         bias = None if compensation is None else compensation.bias(like)
         self.register_buffer("bias", bias, persistent=False)
         maps = [
@@ -111,10 +111,10 @@ class CapturedSite(nn.Module):
         return self.compensated(nn.functional.linear(h, weights.down, weights.down_bias), h, levels)
 
     def run_whole(self, x: Tensor) -> Tensor:
-        """The whole FFN by its operator, for x [n, d] of at most `MAX_ROWS` rows: -> [n, d]."""
+        """The whole FFN by its operator, where it has one, for x [n, d]: -> [n, d]."""
         gate, up, down, *biases = self.site.parts()
-        every = self.every[: x.shape[0]]
-        y: Tensor = truncated_ffn(x, every, gate, up, down, *biases, self.activation, self._number)
+        widths = self.whole.expand(x.shape[0])
+        y: Tensor = truncated_ffn(x, widths, gate, up, down, *biases, self.activation, self._number)
         return y
 
     def _operated(self, x: Tensor, levels: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class CapturedSite(nn.Module):
 
     def static_tensors(self) -> list[Tensor]:
         """Tensors that graphs read at one address, beyond the model's own parameters."""
-        tensors: list[Any] = [self.widths, self.least, self.every, self.bias]
+        tensors: list[Any] = [self.widths, self.least, self.whole, self.bias]
         tensors += [factor for _, *factors in self.low_rank for factor in factors]
         if isinstance(self.shadow, Shadow):
             deciding = self.shadow.deciding
