@@ -95,8 +95,9 @@ def test_kernel_or_module_is_chosen_by_shape_and_rows(model, monkeypatch, kernel
     shapes = {linear.shape for linear in model.runtime.decode_linears}
     assert len(shapes) > 2
     for shape in shapes:
-        assert model.runtime.kernel_choice.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
-        assert model.runtime.kernel_choice.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
+        choice = model.runtime.kernel_choice
+        assert choice.linear_by_kernel(shape, 1, kernel_threads()) is kernels_win
+        assert choice.linear_by_kernel(shape, 3, kernel_threads()), "not measured: the kernel"
     with model.full_width():
         for rows, by_kernel in ((1, kernels_win), (3, True)):
             model.reset_stats()
@@ -113,7 +114,7 @@ def test_without_generate_or_consistent_nothing_goes_by_time(model, monkeypatch)
     measured(monkeypatch, lambda n: [2.0, 1.0][:n])
     fresh = model(token_ids(1, 1)).logits
     model.generate(token_ids(1, 4), max_new_tokens=2)
-    assert not all(model.runtime.kernel_choice._by_kernel.values())
+    assert any(times.fastest() == "module" for times in model.runtime.kernel_choice._times.values())
     assert torch.equal(model(token_ids(1, 1)).logits, fresh)
     for forward in (
         lambda: model(token_ids(1, 1)),

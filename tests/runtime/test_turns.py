@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedac_hf import SedacForCausalLM
-from sedac_hf.ops import LevelPlan, SiteCut, cut_ffn
+from sedac_hf import SedacConfig, SedacForCausalLM
+from sedac_hf.ops import LevelPlan, SiteCut, columns, cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available, turns
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import parallel_address
@@ -113,12 +113,14 @@ def test_what_was_not_measured_runs_by_the_modules(kernels_win):
 
 
 @torch.no_grad()
-def test_it_is_measured_twice_for_all_lengths(kernels_win):
+def test_it_is_measured_three_times_for_all_lengths(kernels_win):
     model = wrapped()
     model.generate(token_ids(1, 4), **OPTIONS)
     half = MOST_IN_TURNS // 2
     lengths = [
         (MAX_ROWS + 1, True),
+        (2 * MAX_ROWS, False),
+        (2 * MAX_ROWS + 1, True),
         (half, False),
         (half + 1, True),
         (MOST_IN_TURNS, False),
@@ -181,3 +183,33 @@ def test_cut_prompts_take_turns_where_that_is_quicker(kernels_win):
         call()
         assert "strips" in model.stats().engines
         assert "rust" not in model.stats().engines
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cut", ["select", "truncate"])
+def test_columns_run_whole_ffns_where_they_are_quicker(family, cut, monkeypatch):
+    """Prompts, and steps of some rows; what they give is what the modules give but for rounding."""
+    if not columns.available(torch.empty(0, dtype=torch.bfloat16)):
+        pytest.skip("this machine has no products of bfloat16 in this order")
+    # Where three ways are timed they are kernel, columns and module; where two are, ours and the module.
+    monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 1.0, 3.0][-len(calls) :])
+    model = SedacForCausalLM.from_base(tiny_model(family).bfloat16(), SedacConfig(extra_memory=0.5))
+    model.install(random_policy(model.runtime, cut))
+    for rows, prompt in ((1, MAX_ROWS + 1), (8, 3)):
+        ids = token_ids(rows, prompt)
+        options = {**OPTIONS, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+        with model.disable():
+            expected = model.generate(ids, **options)
+        with model.full_width():
+            model.reset_stats()
+            got = model.generate(ids, **options)
+        engines = model.stats().engines
+        assert "columns, whole" in engines
+        assert ("rust, whole" in engines) == (rows == 1), "single rows have kernels"
+        assert model.stats().needed_bytes_share == 1.0
+        torch.testing.assert_close(got.logits[0], expected.logits[0], rtol=0.05, atol=0.05)
+        model.reset_stats()
+        with model.full_width():
+            model.generate(ids, consistent=True, **options)
+        assert "columns, whole" not in model.stats().engines, "nothing goes by time there"

@@ -1,9 +1,12 @@
-"""A cut FFN's products with one column per token: ``weight @ x.T``, for low-precision weights and 16 tokens or more.
+"""Products with one column per token, ``weight @ x.T``, for low-precision weights.
 
 The usual order, ``x @ weight.T``, makes oneDNN repack the weight at each call; this one makes it repack the tokens,
 which are few. A bfloat16 FFN of 896 x 4864 took 0.88 of the usual time at 64 tokens, 0.94 at 128 and 1.00 at 512
-(weights not in the cache, one thread of an AVX-512 machine with bfloat16 products), 1.3 at 4: hence the 16, which is
-also the kernels' tile of tokens. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
+(weights not in the cache, one thread of an AVX-512 machine with bfloat16 products), 1.3 at 4; with AMX, two threads,
+0.7, 0.73 and 0.9, and 0.7 at 5. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
+
+Down's product of more than some 300 tokens takes oneDNN twice the usual time in this order (with AMX; 512 tokens,
+4864 units), and in pieces of 256 tokens less than the usual time: so pieces it is.
 
 Where oneDNN has no products of the type (bfloat16 on an AVX2 machine), torch's own come in, and are slow: 0.22 s for
 down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order (timed by hand). There the usual one is kept.
@@ -24,29 +27,66 @@ from sedac_hf.ops.contract import FFNWeights
 TILE = 16
 """Kernels compute this many tokens at once; the rest of the last tile is computed and dropped."""
 
+PIECE = 256
+"""Most tokens of one product of down on a CPU."""
+
+LEAST_TOKENS, MOST_TOKENS = 5, 512
+"""Tokens of an FFN of one width for which this order was seen to be the quicker one: with fewer the compiled kernels
+are, with more it depends on the shape."""
+
+
+def available(weight: Tensor) -> bool:
+    """Whether this order may be the quicker one for FFNs with such weights."""
+    low = weight.dtype in (torch.bfloat16, torch.float16)
+    return low and weight.device.type == "cpu" and _has_products("cpu", weight.dtype)
+
+
+def ffn_by_columns(x: Tensor, weights: FFNWeights, width: int) -> tuple[Tensor, Tensor]:
+    """The FFN by its first ``width`` units: x [n, d] -> y [n, d] contiguous, and their values [n, width]. Not under
+    autograd."""
+    units = _units(x.T, weights, 0, width, out=None)
+    if weights.down.stride(0) == 1:  # by units: the usual order takes these as quickly as any
+        return functional.linear(units.T, weights.down[:, :width], weights.down_bias), units.T
+    outputs = x.new_empty(weights.down.shape[0], x.shape[0])
+    _outputs(units, weights, out=outputs)
+    return outputs.T.contiguous(), units.T
+
 
 def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) -> None:
     """Write hidden units lo..hi for x [n, d] to ``units`` [hi - lo, n], of any strides. Not under autograd."""
     if x.shape[0] < TILE or not _has_products(x.device.type, x.dtype):
         units.copy_(weights.hidden(x, lo, hi).T)
         return
-    up = _product(weights.up[lo:hi], x.T, None if weights.up_bias is None else weights.up_bias[lo:hi])
-    if weights.gate is None:
-        units.copy_(weights.activation(up))
-        return
-    gate = _product(weights.gate[lo:hi], x.T, None if weights.gate_bias is None else weights.gate_bias[lo:hi])
-    torch.mul(weights.activation(gate), up, out=units)
+    _units(x.T, weights, lo, hi, out=units)
 
 
 def fill_outputs(outputs: Tensor, units: Tensor, weights: FFNWeights) -> None:
     """Write down's output for the first k ``units`` [k, n] to ``outputs`` [d, n]; as `fill_units`."""
-    columns, bias = weights.down[:, : units.shape[0]], weights.down_bias
     if units.shape[1] < TILE or not _has_products(units.device.type, units.dtype):
-        outputs.copy_(functional.linear(units.T.contiguous(), columns, bias).T)
-    elif bias is None:
-        torch.mm(columns, units, out=outputs)
-    else:
-        torch.addmm(bias[:, None], columns, units, out=outputs)
+        columns = weights.down[:, : units.shape[0]]
+        outputs.copy_(functional.linear(units.T.contiguous(), columns, weights.down_bias).T)
+        return
+    _outputs(units, weights, out=outputs)
+
+
+def _units(columns: Tensor, weights: FFNWeights, lo: int, hi: int, *, out: Tensor | None) -> Tensor:
+    """Hidden units lo..hi for the tokens in ``columns`` [d, n]."""
+    up = _product(weights.up[lo:hi], columns, None if weights.up_bias is None else weights.up_bias[lo:hi])
+    if weights.gate is None:
+        units = weights.activation(up)
+        return units if out is None else out.copy_(units)
+    gate = _product(weights.gate[lo:hi], columns, None if weights.gate_bias is None else weights.gate_bias[lo:hi])
+    return torch.mul(weights.activation(gate), up, out=out)
+
+
+def _outputs(units: Tensor, weights: FFNWeights, *, out: Tensor) -> None:
+    columns, bias = weights.down[:, : units.shape[0]], weights.down_bias
+    piece = PIECE if units.device.type == "cpu" else units.shape[1]
+    for some, given in zip(out.split(piece, 1), units.split(piece, 1), strict=True):
+        if bias is None:
+            torch.mm(columns, given, out=some)
+        else:
+            torch.addmm(bias[:, None], columns, given, out=some)
 
 
 @cache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sedac_hf.ops.columns import TILE, fill_outputs, fill_units
+from sedac_hf.ops.columns import MOST_TOKENS, TILE, available, ffn_by_columns, fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.costs import accumulates, cost_table
 from sedac_hf.ops.reference import bounded_reference_ffn
@@ -84,8 +84,12 @@ def strips_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
 
 def _uniform(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int) -> Tensor:
     n = x.shape[0]
-    h = weights.hidden(x, 0, width)
-    y = compensated(functional.linear(h, weights.down[:, :width], weights.down_bias), h, cut)
+    if TILE <= n <= MOST_TOKENS and available(weights.up) and not _is_tracked(x, weights):
+        y, h = ffn_by_columns(x, weights, width)
+    else:
+        h = weights.hidden(x, 0, width)
+        y = functional.linear(h, weights.down[:, :width], weights.down_bias)
+    y = compensated(y, h, cut)
     cut.record(engine="strips", tokens=n, needed=n * width, read=width, computed=n * width)
     return y
 

@@ -2,7 +2,7 @@
 
 In a decode step they are read once per token, like the FFNs. Run by the same kernels, on the same threads, they make a
 step whose time is that of reading what it needs; run beside them by torch, they would be what is left to wait for. So
-are short prompts where the kernels are quicker even so (`ForwardPass.turn_threads`).
+are short prompts where the kernels are quicker even so (`ForwardPass.many_threads`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DecodeLinear:
         ask: None too where the module was measured to be quicker, in a pass that goes by time.
         """
         rows, state = x.numel() // self.shape[1], current_pass.get()
-        if ask and rows > MAX_ROWS and (state is None or not state.turn_threads):
+        if ask and rows > MAX_ROWS and (state is None or not state.many_threads):
             return None
         held = self.module._parameters
         weight, bias = held.get("weight"), held.get("bias")
@@ -71,7 +71,7 @@ class DecodeLinear:
             return None
         if state is None:
             return None if torch.is_autocast_enabled("cpu") else kernel.run_accepted(x, kernel_threads())
-        threads = state.turn_threads if rows > MAX_ROWS else state.threads or state.turn_threads
+        threads = state.many_threads if rows > MAX_ROWS else state.threads or state.many_threads
         if not threads or (ask and state.by_time and not self.usable(self.shape, rows, threads)):
             return None
         return kernel.run_accepted(x, threads)

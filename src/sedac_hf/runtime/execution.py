@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
-from sedac_hf.ops.threads import begin_step, end_step, kernel_threads, kernels_join_torch
+from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import (
     ForwardPass,
@@ -72,9 +72,9 @@ class Execution:
                 if runtime.decode_linears:
                     state.torch_alone = begin_step()
                 state.threads = kernel_threads()
-            elif state.by_time and state.n_tokens <= MOST_IN_TURNS and kernels_join_torch():
+            elif state.by_time:
                 threads = kernel_threads()  # of torch's own, for much of such a pass is torch's
-                state.turn_threads = threads if runtime.kernel_choice.turns_pay(threads) else 0
+                state.many_threads = threads if runtime.kernel_choice.many_rows_pay(state.n_tokens, threads) else 0
         if runtime.forcing is not None:
             return
         if generation is not None:
@@ -109,9 +109,8 @@ class Execution:
         for idx, risks, exited, ratio in state.decided:
             failed = int(np.count_nonzero(~np.isfinite(risks[counted])))
             runtime.tally.checkpoint(idx, exited[counted], ratio[counted], failed)
-        for i, is_cut, decided, needed, read in state.decoded:
+        for i, engine, decided, needed, read in state.decoded:
             state.recorded.add(i)
-            engine = "rust" if is_cut else "rust, whole"
             runtime.tally.ffn(
                 i, engine=engine, tokens=state.n_tokens, needed=needed, read=read, computed=needed, shadow=decided
             )

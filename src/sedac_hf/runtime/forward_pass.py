@@ -74,16 +74,16 @@ class ForwardPass:
     irregular: why a captured graph could not run such a pass; None: it could.
     torch_alone: torch is kept to one thread during this pass.
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
-    turn_threads: the same in a pass of so many tokens that they take turns; it goes by time.
-    by_time: a module runs where it was measured to be quicker than its kernel.
+    many_threads: the same in a pass of more tokens than kernels take at once; it goes by time.
+    by_time: what was measured to be quickest runs, the kernel or the module or another order of its products.
     uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
     came: the checkpoints in the order in which they came.
     over: the pass has ended; its layers run again because a backward pass needs what checkpointing did not keep.
     fixed_plans: levels that wait for no checkpoint: "head" (FFNs before the first one), "point" and "level" (forced).
     recorded: sites whose call has been counted.
     Counted together when the pass ends, which is quicker where a pass is short: decided, (checkpoint_idx, risks,
-    exited, ratio) of each checkpoint, and decoded, (site, whether it was cut, whether a shadow decided, units needed,
-    units read) of the FFNs of a decode step that kernels ran.
+    exited, ratio) of each checkpoint, and decoded, (site, engine, whether a shadow decided, units needed, units
+    read) of the FFNs that ran neither by themselves nor by `cut_ffn`.
     """
 
     runtime: SedacRuntime
@@ -92,7 +92,7 @@ class ForwardPass:
     whole: bool = False
     torch_alone: bool = False
     threads: int = 0
-    turn_threads: int = 0
+    many_threads: int = 0
     by_time: bool = False
     controller_state: Any = None
     shape: tuple[int, int] | None = None
@@ -106,7 +106,7 @@ class ForwardPass:
     previous: ForwardPass | None = None
     recorded: set[int] = field(default_factory=set)
     decided: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
-    decoded: list[tuple[int, bool, bool, int, int]] = field(default_factory=list)
+    decoded: list[tuple[int, str, bool, int, int]] = field(default_factory=list)
 
     def left_open(self) -> ForwardPass | None:
         """End a pass whose forward was interrupted, if that was not done yet; gives the one around it."""

@@ -1,16 +1,18 @@
-"""Which linear maps and FFNs the compiled kernels run in a ``generate`` call, by times measured here."""
+"""What runs the linear maps and FFNs of a ``generate`` call, by times measured here: the compiled kernels, of whole
+FFNs also torch's products with one column per token, or the modules themselves."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.experts import Experts
-from sedac_hf.ops import cut_ffn
+from sedac_hf.ops import columns, cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
 from sedac_hf.ops.contract import DecodeKernel, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
@@ -28,6 +30,26 @@ if TYPE_CHECKING:
 LINEAR_MARGIN_S = 10e-6
 # Of a kernel's time over that of the module it stands in for, timed alone: in a step a small lead turns into a loss.
 LEAST_LEAD = 0.9
+MEASURED_WITH = (2 * MAX_ROWS, MOST_IN_TURNS // 2, MOST_IN_TURNS)  # rows, for all numbers up to that
+
+
+Way = Literal["kernel", "columns", "module"]
+
+
+class _Times(NamedTuple):
+    """Seconds by each way, infinite by one that is not there."""
+
+    kernel: float
+    columns: float
+    module: float
+
+    def fastest(self) -> Way:
+        if min(self.kernel, self.columns) > LEAST_LEAD * self.module:
+            return "module"
+        return "kernel" if self.kernel <= self.columns else "columns"
+
+
+_KERNEL, _MODULE = _Times(0.0, math.inf, math.inf), _Times(math.inf, math.inf, 0.0)
 
 
 class KernelChoice:
@@ -35,34 +57,44 @@ class KernelChoice:
 
     def __init__(self, runtime: SedacRuntime) -> None:
         self._runtime = runtime
-        self._by_kernel: dict[tuple[object, int, int], bool] = {}  # of shape, rows and threads
+        self._times: dict[tuple[tuple[object, ...], int, int], _Times] = {}  # of shape, rows and threads
         # Looking at a hundred weights to find that all of them are known takes a third of a millisecond.
         self._weights: tuple[object, ...] = ()
         self._seen: set[tuple[int, int]] = set()
 
     def linear_by_kernel(self, shape: Shape, rows: int, threads: int) -> bool:
         """Whether linear maps of this shape run by the kernel. Where that was not measured: yes, but not in turns."""
-        return self._faster(shape, rows, threads)
+        return self._of(shape, rows, threads).fastest() == "kernel"
 
-    def whole_by_kernel(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
-        """The same for whole FFNs."""
-        return self._faster(_ffn_shape(kernel), rows, threads)
+    def whole_way(self, kernel: CpuFFN, rows: int, threads: int) -> Way:
+        """What runs whole FFNs; the kernel where that was not measured, but not in turns."""
+        return self._of(_ffn_shape(kernel), rows, threads).fastest()
 
     def cut_by_kernel(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
-        """The same for FFNs that are cut by `truncate`."""
-        return self._faster(("cut", *_ffn_shape(kernel)), rows, threads)
+        """Whether FFNs that are cut by `truncate` run by the kernel."""
+        return self._of(("cut", *_ffn_shape(kernel)), rows, threads).fastest() == "kernel"
 
-    def turns_pay(self, threads: int) -> bool:
-        """Whether anything at all was measured to be quicker in turns: else a pass need not ask at every layer."""
-        return any(faster for (_, rows, n), faster in self._by_kernel.items() if rows > MAX_ROWS and n == threads)
+    def whole_leads_module(self, kernel: CpuFFN, rows: int, threads: int) -> bool:
+        """Whether whole FFNs do better by the kernel than by the module, where no other way can be had."""
+        return self._of(_ffn_shape(kernel), rows, threads)._replace(columns=math.inf).fastest() == "kernel"
 
-    def _faster(self, shape: tuple[object, ...], rows: int, threads: int) -> bool:
+    def many_rows_pay(self, rows: int, threads: int) -> bool:
+        """Whether anything at all with more rows than kernels take at once was measured to be quicker than its module:
+        else a pass need not ask at every layer."""
+        return rows <= MOST_IN_TURNS and any(
+            self._of(shape, rows, threads).fastest() != "module" for shape, n, on in self._times if on == threads
+        )
+
+    def _of(self, shape: tuple[object, ...], rows: int, threads: int) -> _Times:
         if rows <= MAX_ROWS:
-            return self._by_kernel.get((shape, rows, threads), True)
-        return rows <= MOST_IN_TURNS and self._by_kernel.get((shape, _measured_with(rows), threads), False)
+            return self._times.get((shape, rows, threads), _KERNEL)
+        known = self._times.get((shape, _measured_with(rows), threads)) if rows <= MOST_IN_TURNS else None
+        if known is None:
+            return _MODULE
+        return known if _kernels_take(rows) else known._replace(kernel=math.inf)
 
     def idle(self, rows: int, prompt: int) -> list[nn.Module]:
-        """The modules that no kernel runs in a call at full width, of so many rows per step and tokens of prompt."""
+        """The modules that run themselves in a call at full width, of so many rows per step and tokens of prompt."""
         runtime, threads = self._runtime, kernel_threads()
         passes = (rows, prompt) if prompt > MAX_ROWS else (rows,)
         idle: list[nn.Module] = []
@@ -71,8 +103,10 @@ class KernelChoice:
                 idle.append(linear.module)
         for i, site in enumerate(runtime.sites):
             kernel = runtime.weights.kernel(i) if site.plain_forward else None
-            runs = isinstance(kernel, CpuFFN) and any(self.whole_by_kernel(kernel, n, threads) for n in passes)
-            if site.experts is None and not runs:
+            alone = not isinstance(kernel, CpuFFN) or all(
+                self.whole_way(kernel, n, threads) == "module" for n in passes
+            )
+            if site.experts is None and alone:
                 idle += [site.owner, *site.linears]
         return idle
 
@@ -81,39 +115,41 @@ class KernelChoice:
         if rows <= MAX_ROWS:
             self._compare_kernels(rows)
         else:
-            self.compare_in_turns(rows)
+            self.compare_many(rows)
 
-    def compare_in_turns(self, tokens: int) -> None:
-        """Before passes of so many tokens: measure whether kernels do better in turns, with 128 rows or 256 for all
-        numbers up to that. The fewer rows, the more of a product's time is reading weights, so what wins with more
-        rows wins with less."""
+    def compare_many(self, tokens: int) -> None:
+        """Before passes of more tokens than kernels take at once: measure whether kernels in turns or columns do
+        better, with some of `MEASURED_WITH`. The fewer rows, the more of a product's time is reading weights, so that
+        the kernels that win with more rows win with less."""
         runtime = self._runtime
-        if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded and kernels_join_torch():
-            self._compare_kernels(_measured_with(tokens))
-            if runtime.policy is not None and runtime.policy.cut == "truncate":
-                self._compare_cuts(_measured_with(tokens))
+        if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded:
+            rows = _measured_with(tokens)
+            self._compare_kernels(rows)
+            if kernels_join_torch() and runtime.policy is not None and runtime.policy.cut == "truncate":
+                self._compare_cuts(rows)
 
     def _compare_cuts(self, rows: int) -> None:
         """FFNs that are cut: kernels in turns, or strips."""
         runtime, threads = self._runtime, kernel_threads()
-        alike: dict[tuple[object, int, int], list[int]] = {}
+        alike: dict[tuple[tuple[object, ...], int, int], list[int]] = {}
         for i, segment in enumerate(runtime.segments):
             kernel = runtime.weights.kernel(i)
             if segment >= 0 and isinstance(kernel, CpuFFN):
                 alike.setdefault((("cut", *_ffn_shape(kernel)), rows, threads), []).append(i)
         for key, sites in alike.items():
-            if key not in self._by_kernel:
+            if key not in self._times:
                 site = runtime.sites[sites[0]]
                 x = noise(rows, site.hidden_size).to(site.weight)
                 by_kernel = [self.cut(i, x, runtime.weights.kernel(i)) for i in sites]
                 ours, theirs = timed_calls.interleaved(
                     in_turns(by_kernel, [self.cut(i, x, None) for i in sites]), x.device
                 )
-                self._by_kernel[key] = ours <= theirs
+                # Two ways of cutting: neither stands in for the module, so the quicker one it is.
+                self._times[key] = _Times(ours, math.inf, theirs / LEAST_LEAD)
 
     def _compare_kernels(self, rows: int) -> None:
         runtime = self._runtime
-        if rows > MOST_IN_TURNS or not runtime.weights.uses_kernels:
+        if not runtime.weights.uses_kernels:
             return
         threads = kernel_threads()
         weights = runtime.decode_linears, runtime.weights.moves, runtime.sites[-1].weight.dtype
@@ -122,29 +158,20 @@ class KernelChoice:
         if (rows, threads) in self._seen:
             return
         self._seen.add((rows, threads))
-        linears: dict[tuple[object, int, int], list[DecodeLinear]] = {}
+        linears: dict[tuple[tuple[object, ...], int, int], list[DecodeLinear]] = {}
         for linear in runtime.decode_linears:
             linears.setdefault((linear.shape, rows, threads), []).append(linear)
         for key, alike in linears.items():
-            if key not in self._by_kernel and (rows <= MAX_ROWS or len(alike) > 1):  # the head sees few rows
-                self._by_kernel[key] = _linear_is_faster(alike, rows)
-        sites: dict[tuple[object, int, int], list[tuple[CpuFFN, nn.Module]]] = {}
+            if key not in self._times and (rows <= MAX_ROWS or len(alike) > 1):  # the head sees few rows
+                self._times[key] = _linear_times(alike, rows)
+        sites: dict[tuple[tuple[object, ...], int, int], list[tuple[CpuFFN, nn.Module]]] = {}
         for i, site in enumerate(runtime.sites):
             kernel = runtime.weights.kernel(i)
             if isinstance(kernel, CpuFFN):  # the only one that runs whole FFNs
                 sites.setdefault((_ffn_shape(kernel), rows, threads), []).append((kernel, site.owner))
         for key, of_shape in sites.items():
-            if key not in self._by_kernel:
-                x = noise(rows, of_shape[0][0].hidden_size).to(of_shape[0][0].dtype)
-                ours, theirs = timed_calls.interleaved(
-                    in_turns(
-                        [functools.partial(kernel.whole, x) for kernel, _ in of_shape],
-                        # Outside a forward pass an owner's own forward runs.
-                        [functools.partial(owner, x) for _, owner in of_shape],
-                    ),
-                    x.device,
-                )
-                self._by_kernel[key] = ours <= LEAST_LEAD * theirs
+            if key not in self._times:
+                self._times[key] = _whole_times(of_shape, rows)
 
     # ---------------------------------------------------------------- one FFN alone
 
@@ -154,18 +181,18 @@ class KernelChoice:
         rows, site = x.shape[0], runtime.sites[i]
         if site.experts is not None:
             return functools.partial(site.owner, *_experts_input(site.experts, x))
-        kernel = self.kernel(i, rows, "whole")
-        if isinstance(kernel, CpuFFN) and kernel.accepts(x, in_turns=True):
-            return functools.partial(kernel.whole, x)
+        kernel = runtime.weights.kernel(i)
+        way = self.whole_way(kernel, rows, kernel_threads()) if isinstance(kernel, CpuFFN) else "module"
+        if isinstance(kernel, CpuFFN) and way != "module":
+            return functools.partial(kernel.whole if way == "kernel" else kernel.whole_by_columns, x)
         return functools.partial(site.owner, x)
 
-    def kernel(self, i: int, rows: int, what: Literal["whole", "cut"]) -> DecodeKernel | None:
-        """The kernel that runs site i, if it is to run by one."""
+    def cutting_kernel(self, i: int, rows: int) -> DecodeKernel | None:
+        """The kernel that runs cut calls of site i, if they are to run by one."""
         kernel, threads = self._runtime.weights.kernel(i), kernel_threads()
         if not isinstance(kernel, CpuFFN):
-            return kernel if what == "cut" and rows <= MAX_ROWS else None
-        faster = self.whole_by_kernel if what == "whole" else self.cut_by_kernel
-        return kernel if faster(kernel, rows, threads) else None
+            return kernel if rows <= MAX_ROWS else None
+        return kernel if self.cut_by_kernel(kernel, rows, threads) else None
 
     def cut(self, i: int, x: Tensor, kernel: DecodeKernel | None) -> Call:
         """Site i cut at the typical level."""
@@ -188,28 +215,49 @@ class KernelChoice:
 
 
 def _measured_with(rows: int) -> int:
-    """Rows of the calls that calls of so many are judged by, where rows take turns."""
-    return MOST_IN_TURNS // 2 if rows <= MOST_IN_TURNS // 2 else MOST_IN_TURNS
+    """Rows of the calls that calls of so many are judged by."""
+    return next(some for some in MEASURED_WITH if rows <= some)
 
 
 def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:
     return "ffn", kernel.intermediate_size, kernel.hidden_size, kernel.dtype, kernel.by_units
 
 
-def _linear_is_faster(alike: Sequence[DecodeLinear], rows: int) -> bool:
-    """Whether the kernels of linear maps of one shape take no longer than the modules themselves."""
-    with torch.no_grad():
-        x = noise(rows, alike[0].shape[1]).to(alike[0].shape[2])
-        if any(linear.by_kernel(x) is None for linear in alike):
-            return False
-        ours, theirs = timed_calls.interleaved(
-            in_turns(
-                [functools.partial(linear.by_kernel, x) for linear in alike],
-                [functools.partial(linear.original, x) for linear in alike],
-            ),
-            x.device,
-        )
-    return ours <= LEAST_LEAD * theirs + LINEAR_MARGIN_S
+def _kernels_take(rows: int) -> bool:
+    """Whether kernels can run so many rows beside torch: some at once, more in turns on its threads."""
+    return rows <= MAX_ROWS or kernels_join_torch()
+
+
+@torch.no_grad()
+def _linear_times(alike: Sequence[DecodeLinear], rows: int) -> _Times:
+    """Times of linear maps of one shape; a kernel's less what it gains in the middle of a step."""
+    x = noise(rows, alike[0].shape[1]).to(alike[0].shape[2])
+    if not _kernels_take(rows) or any(linear.by_kernel(x) is None for linear in alike):
+        return _MODULE
+    kernels = [functools.partial(linear.by_kernel, x) for linear in alike]
+    modules = [functools.partial(linear.original, x) for linear in alike]
+    ours, theirs = timed_calls.interleaved(in_turns(kernels, modules), x.device)
+    return _Times(ours - LINEAR_MARGIN_S, math.inf, theirs)
+
+
+@torch.no_grad()
+def _whole_times(alike: Sequence[tuple[CpuFFN, nn.Module]], rows: int) -> _Times:
+    """Times of whole FFNs of one shape."""
+    first = alike[0][0]
+    x = noise(rows, first.hidden_size).to(first.dtype)
+    calls: dict[Way, Sequence[Call]] = {}
+    by_columns = rows >= columns.LEAST_TOKENS and columns.available(first.weights.up)
+    # A machine with products of a low precision has no use for kernels in turns.
+    if _kernels_take(rows) and not (rows > MAX_ROWS and by_columns):
+        calls["kernel"] = [functools.partial(kernel.whole, x) for kernel, _ in alike]
+    if by_columns:
+        calls["columns"] = [functools.partial(kernel.whole_by_columns, x) for kernel, _ in alike]
+    if not calls:
+        return _MODULE
+    # Outside a forward pass an owner's own forward runs.
+    calls["module"] = [functools.partial(owner, x) for _, owner in alike]
+    seconds = dict(zip(calls, timed_calls.interleaved(in_turns(*calls.values()), x.device), strict=True))
+    return _Times(seconds.get("kernel", math.inf), seconds.get("columns", math.inf), seconds["module"])
 
 
 def _experts_input(experts: Experts, x: Tensor) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ class GenerationPlanner:
         if consistent:
             return cut, reason
         runtime.kernel_choice.compare(rows)
-        runtime.kernel_choice.compare_in_turns(rows * prompt_length)
+        runtime.kernel_choice.compare_many(rows * prompt_length)
         if not cut:
             runtime.arrangement.follow(cut=False, idle=runtime.kernel_choice.idle(rows, rows * prompt_length))
         return cut, reason
@@ -105,7 +105,7 @@ class GenerationPlanner:
             runtime.kernel_choice.compare(rows)
             kernels = runtime.kernel_choice
             whole = [kernels.whole(i, x) for i in as_usual]
-            cut = [kernels.cut(i, x, kernels.kernel(i, rows, "cut")) for i in by_units]
+            cut = [kernels.cut(i, x, kernels.cutting_kernel(i, rows)) for i in by_units]
             whole_time, cut_time = timed_calls.interleaved(in_turns(whole, cut), x.device)
         (decide_time,) = timed_calls.interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
         whole_step = whole_time * len(governed)

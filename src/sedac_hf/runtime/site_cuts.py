@@ -56,14 +56,14 @@ class SiteCuts:
         state = current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
-        return self._cut(i, state, self._kernel(i, state.n_tokens, state.turn_threads))
+        return self._cut(i, state, self._kernel(i, state.n_tokens, state.many_threads))
 
-    def _kernel(self, i: int, n_tokens: int, turn_threads: int) -> DecodeKernel | None:
+    def _kernel(self, i: int, n_tokens: int, many_threads: int) -> DecodeKernel | None:
         """The compiled kernel that may run a cut call of site i."""
         if n_tokens <= MAX_ROWS:
             return self._runtime.weights.kernel(i)
-        kernel = self._runtime.weights.kernel(i) if turn_threads else None
-        if isinstance(kernel, CpuFFN) and self._runtime.kernel_choice.cut_by_kernel(kernel, n_tokens, turn_threads):
+        kernel = self._runtime.weights.kernel(i) if many_threads else None
+        if isinstance(kernel, CpuFFN) and self._runtime.kernel_choice.cut_by_kernel(kernel, n_tokens, many_threads):
             return kernel
         return None
 
@@ -146,7 +146,7 @@ class SiteCuts:
         if state is None or state.runtime is not runtime or not state.n_tokens:
             return None
         if not state.threads:
-            return self._in_turns(i, x, state) if state.turn_threads and state.whole else None
+            return self._many(i, x, state) if state.many_threads and state.whole else None
         kernel = runtime.weights.kernel(i)
         if not isinstance(kernel, CpuFFN):  # the others do not run alone
             return None
@@ -160,28 +160,40 @@ class SiteCuts:
             if not cut.kernel_alone:
                 return None
             y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
-            state.decoded.append((i, True, cut.importance is not None, needed, read))
+            state.decoded.append((i, "rust", cut.importance is not None, needed, read))
             return y
-        if state.by_time and not runtime.kernel_choice.whole_by_kernel(kernel, state.n_tokens, threads):
-            return None
+        if state.by_time:
+            way = runtime.kernel_choice.whole_way(kernel, state.n_tokens, threads)
+            if way != "kernel":
+                return self._by_columns(i, x, state, kernel) if way == "columns" else None
         y, needed, read = kernel.run_accepted(x, kernel.whole_points[: state.n_tokens], threads)
-        state.decoded.append((i, False, False, needed, read))
+        state.decoded.append((i, "rust, whole", False, needed, read))
         return y
 
-    def _in_turns(self, i: int, x: Tensor, state: ForwardPass) -> Tensor | None:
-        runtime, threads = self._runtime, state.turn_threads
+    def _many(self, i: int, x: Tensor, state: ForwardPass) -> Tensor | None:
+        """The whole FFN in a pass of more rows than a kernel takes at once."""
+        runtime, threads = self._runtime, state.many_threads
         kernel = runtime.weights.kernel(i)
+        if not isinstance(kernel, CpuFFN):
+            return None
+        way = runtime.kernel_choice.whole_way(kernel, state.n_tokens, threads)
         if (
-            not isinstance(kernel, CpuFFN)
-            or not runtime.kernel_choice.whole_by_kernel(kernel, state.n_tokens, threads)
+            way == "module"
             or not kernel.accepts(x, in_turns=True)
             or x.numel() != state.n_tokens * kernel.hidden_size
             or runtime.sites[i].owner.training
         ):
             return None
+        if way == "columns":
+            return self._by_columns(i, x, state, kernel)
         units = kernel.intermediate_size
-        state.decoded.append((i, False, False, units * state.n_tokens, units))
+        state.decoded.append((i, "rust, whole", False, units * state.n_tokens, units))
         return kernel.whole_in_turns(x, threads)
+
+    def _by_columns(self, i: int, x: Tensor, state: ForwardPass, kernel: CpuFFN) -> Tensor:
+        units = kernel.intermediate_size
+        state.decoded.append((i, "columns, whole", False, units * state.n_tokens, units))
+        return kernel.whole_by_columns(x)
 
     def _resolve(
         self, i: int, state: ForwardPass

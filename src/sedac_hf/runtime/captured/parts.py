@@ -81,7 +81,7 @@ class WholeCall(Untouched):
     def choose(self, runtime: SedacRuntime, rows: int, threads: int, by_time: bool) -> bool:
         kernel = runtime.weights.kernel(self.i) if self.execution.sites[self.i].operator else None
         return isinstance(kernel, CpuFFN) and (
-            not by_time or runtime.kernel_choice.whole_by_kernel(kernel, rows, threads)
+            not by_time or runtime.kernel_choice.whole_leads_module(kernel, rows, threads)
         )
 
 
