@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import Controller, make_controller, strip_planner
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.costs import cost_table
 from sedac_hf.ops.strip_plan import PythonStripPlanner, StripPlanner

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from sedac_hf.cli.env import machine
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller, strip_planner
 from sedac_hf.evaluation.random_decoders import SHAPES, random_decoder
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops import LevelPlan, OperatingPoint, SiteCut, cut_ffn
 from sedac_hf.ops.costs import known_tables
 from sedac_hf.probes import ProbeBank

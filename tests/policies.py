@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedac_hf.configuration import Cut, LayerConfig
+from sedac_hf.configuration import Cut
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.deciders import decider, importance_of
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime

@@ -18,7 +18,7 @@ from sedac_hf.registration import register as _register
 if TYPE_CHECKING:
     from sedac_hf.assets import demo_path, load_demo
     from sedac_hf.calibration import CalibrationReport, calibrate
-    from sedac_hf.configuration import LayerConfig, SedacConfig
+    from sedac_hf.configuration import SedacConfig
     from sedac_hf.control import CascadeController
     from sedac_hf.errors import (
         CalibrationError,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from sedac_hf.evaluation import perplexity
     from sedac_hf.ffn.registry import register_ffn_site, unregister_ffn_site
+    from sedac_hf.layer_config import LayerConfig
     from sedac_hf.modeling import SedacForCausalLM
     from sedac_hf.outputs import CascadeDecisions, ExitDecision
     from sedac_hf.runtime import SedacRuntime, SedacStats
@@ -46,7 +47,7 @@ _HOMES = {
     "ControllerError": "errors",
     "EvaluationError": "errors",
     "ExitDecision": "outputs",
-    "LayerConfig": "configuration",
+    "LayerConfig": "layer_config",
     "LoadError": "errors",
     "SedacConfig": "configuration",
     "SedacError": "errors",

@@ -1,26 +1,28 @@
-"""Configuration: `LayerConfig` (one checkpoint of the cascade) and `SedacConfig` (a wrapped model)."""
+"""`SedacConfig`: the configuration of a wrapped model."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from sedac_hf.base_configuration import config_of, implementations, look_at_unknown
+from sedac_hf.environment import environment_decay, environment_soft_exit
 from sedac_hf.errors import ConfigError
+from sedac_hf.layer_config import (
+    DEFAULT_ALPHA,
+    DEFAULT_CONFIDENCE_DECAY,
+    DEFAULT_N_LEVELS,
+    LayerConfig,
+    default_checkpoint_layers,
+    default_layer_configs,
+    layer_config,
+)
 
-DEFAULT_ALPHA = 0.1
-DEFAULT_CONFIDENCE_DECAY = 0.9
-DEFAULT_WEIGHTS = (0.3, 0.4, 0.3)
-DEFAULT_TARGETS = (0.2, 0.5, 0.8)
-DEFAULT_THRESHOLDS = (0.8, 1.0, 1.2)
-DEFAULT_N_LEVELS = 8
 DEFAULT_EXTRA_MEMORY = 0.1
 SHADOW_BITS = (4, 3, 2)
 """Bits that a shadow may have, best first; 0 stands for none: the exact gate decides."""
@@ -31,71 +33,9 @@ Cut = Literal["mask", "truncate", "select"]
 Objective = Literal["latency", "throughput"]
 
 
-@dataclass(frozen=True)
-class LayerConfig:
-    """One checkpoint of the cascade.
-
-    Args:
-        layer_idx: decoder layer after which the probe reads the hidden state; 0 or more.
-        target_exit_rate: the token exits where its accumulated confidence is at least this; finite, may be negative
-            (then every token with a usable risk gets a graded ratio).
-        initial_threshold: risk at which the confidence is 0; finite, above 0.
-        confidence_weight: weight of this checkpoint's confidence; finite, 0 or more.
-        quantile: quantile of the risks that threshold updates follow; in [0, 1], default ``target_exit_rate`` clipped
-            to that range.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    layer_idx: int
-    target_exit_rate: float
-    initial_threshold: float
-    confidence_weight: float
-    quantile: float | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layer_idx, int) or isinstance(self.layer_idx, bool) or self.layer_idx < 0:
-            raise ConfigError(f"`layer_idx` must be an integer of 0 or more, got {self.layer_idx!r}")
-        for name in ("target_exit_rate", "initial_threshold", "confidence_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"`{name}` must be a finite number, got {value!r}")
-        if self.initial_threshold <= 0:
-            raise ConfigError(f"`initial_threshold` must be above 0, got {self.initial_threshold!r}")
-        if self.confidence_weight < 0:
-            raise ConfigError(f"`confidence_weight` must be 0 or more, got {self.confidence_weight!r}")
-        if self.quantile is not None and not 0 <= self.quantile <= 1:
-            raise ConfigError(f"`quantile` must be in [0, 1], got {self.quantile!r}")
-
-    @property
-    def update_quantile(self) -> float:
-        """The quantile that `update_threshold` follows."""
-        return min(max(self.target_exit_rate, 0.0), 1.0) if self.quantile is None else self.quantile
-
-
-def default_checkpoint_layers(n_layers: int) -> tuple[int, ...]:
-    """Layers n/4, n/2 and 3n/4, without repeats and without the last layer, after which no FFN is left to cut."""
-    layers = sorted({n_layers * k // 4 for k in (1, 2, 3)} - {n_layers - 1})
-    return tuple(layers) or (0,)
-
-
 def default_probe_rank(hidden_size: int) -> int:
     """64, less in a narrow decoder, where probes of that rank would cost more than they bring."""
     return min(_MOST_PROBE_RANK, max(hidden_size // 12, 4))
-
-
-def default_layer_configs(checkpoint_layers: Sequence[int]) -> tuple[LayerConfig, ...]:
-    """The law of the design document at these layers; a default that the list is too short for is repeated."""
-
-    def pick(values: Sequence[float], i: int) -> float:
-        return float(values[min(i, len(values) - 1)])
-
-    weights = environment_weights() or DEFAULT_WEIGHTS
-    return tuple(
-        LayerConfig(layer, pick(DEFAULT_TARGETS, i), pick(DEFAULT_THRESHOLDS, i), pick(weights, i))
-        for i, layer in enumerate(checkpoint_layers)
-    )
 
 
 def check_extra_memory(value: float) -> float:
@@ -105,52 +45,6 @@ def check_extra_memory(value: float) -> float:
             f"`extra_memory` must be a finite share of the base's bytes of 0 or more, e.g. 0.1, got {value!r}"
         )
     return float(value)
-
-
-def environment_decay() -> float | None:
-    """``SEDAC_CONFIDENCE_DECAY``, a number in [0, 1]; None where it is not set."""
-    text = os.environ.get("SEDAC_CONFIDENCE_DECAY")
-    return None if text is None else _environment_number("SEDAC_CONFIDENCE_DECAY", text, low=0.0, high=1.0)
-
-
-def environment_soft_exit() -> bool | None:
-    """``SEDAC_SOFT_EXIT``, 0/1, true/false, yes/no or on/off; None where it is not set."""
-    return _environment_flag("SEDAC_SOFT_EXIT")
-
-
-def environment_measure_costs() -> bool:
-    """``SEDAC_MEASURE_COSTS``, a flag in the same words: may FFN engines time products at first use? Default: yes."""
-    flag = _environment_flag("SEDAC_MEASURE_COSTS")
-    return True if flag is None else flag
-
-
-def environment_weights() -> tuple[float, ...] | None:
-    """``SEDAC_LAYER_WEIGHTS``, comma-separated numbers of 0 or more; None where it is not set."""
-    text = os.environ.get("SEDAC_LAYER_WEIGHTS")
-    if text is None:
-        return None
-    return tuple(_environment_number("SEDAC_LAYER_WEIGHTS", part, low=0.0) for part in text.split(","))
-
-
-def _environment_flag(name: str) -> bool | None:
-    text = os.environ.get(name)
-    if text is None:
-        return None
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.strip().lower() not in known:
-        raise ConfigError(f"environment variable {name} must be one of {', '.join(known)}, got {text!r}")
-    return known[text.strip().lower()]
-
-
-def _environment_number(name: str, text: str, *, low: float, high: float = math.inf) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and low <= value <= high):
-        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of {low:g} or more"
-        raise ConfigError(f"environment variable {name} must hold numbers {wanted}, got {text!r}")
-    return value
 
 
 class SedacConfig(PreTrainedConfig):
@@ -231,10 +125,7 @@ class SedacConfig(PreTrainedConfig):
         base = None if base_config is None else base_config.get_text_config(decoder=True)
         if layer_configs is None:
             layer_configs = default_layer_configs(_assumed_layers(base))
-        self.layer_configs = [
-            dataclasses.asdict(item if isinstance(item, LayerConfig) else _layer_config(item))
-            for item in layer_configs
-        ]
+        self.layer_configs = [dataclasses.asdict(layer_config(item)) for item in layer_configs]
         self.alpha = alpha
         decay = environment_decay() if confidence_decay is None else confidence_decay
         self.confidence_decay = DEFAULT_CONFIDENCE_DECAY if decay is None else decay
@@ -287,7 +178,7 @@ class SedacConfig(PreTrainedConfig):
     @property
     def cascade(self) -> tuple[LayerConfig, ...]:
         """The law as validated `LayerConfig` objects."""
-        return tuple(_layer_config(item) for item in self.layer_configs)
+        return tuple(layer_config(item) for item in self.layer_configs)
 
     @property
     def checkpoint_layers(self) -> tuple[int, ...]:
@@ -336,19 +227,6 @@ _EXPOSED = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-
-
-def _layer_config(item: LayerConfig | Mapping[str, Any]) -> LayerConfig:
-    if isinstance(item, LayerConfig):
-        return item
-    known = {field.name for field in dataclasses.fields(LayerConfig)}
-    unknown = sorted(set(item) - known)
-    if unknown:
-        raise ConfigError(f"a layer config has the keys {', '.join(sorted(known))}; got also {', '.join(unknown)}")
-    try:
-        return LayerConfig(**item)
-    except TypeError as error:
-        raise ConfigError(f"a layer config is incomplete: {error}") from error
 
 
 def _assumed_layers(base: PreTrainedConfig | None) -> tuple[int, ...]:

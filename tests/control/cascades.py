@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import Controller, make_controller
+from sedac_hf.layer_config import LayerConfig
 
 ENGINES = ("rust", "python")
 DESIGN = (LayerConfig(3, 0.2, 0.8, 0.3), LayerConfig(6, 0.5, 1.0, 0.4), LayerConfig(9, 0.8, 1.2, 0.3))

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import CascadeController, make_controller
+from sedac_hf.layer_config import LayerConfig
 from tests.control.cascades import DESIGN, ENGINES, cascades, random_risk, risks
 
 

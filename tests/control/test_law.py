@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.outputs import ExitDecision
 from tests.control.cascades import DESIGN, ENGINES, GOLDEN, cascades, golden_controller, golden_risk, risks
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import sedac_hf.control
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller
 from sedac_hf.errors import ConfigError, ControllerError
+from sedac_hf.layer_config import LayerConfig
 from tests.control.cascades import DESIGN, ENGINES
 
 GOOD = np.zeros(4, np.float32)
@@ -134,7 +134,7 @@ WITHOUT_THE_COMPILED_MODULE = """
                 raise ImportError("blocked for the test")
     sys.meta_path.insert(0, Block())
     logging.basicConfig(format="%(name)s %(levelname)s %(message)s", stream=sys.stdout)
-    from sedac_hf.configuration import LayerConfig
+    from sedac_hf.layer_config import LayerConfig
     from sedac_hf.control import CascadeController, make_controller
     layers = [LayerConfig(3, 0.2, 0.8, 0.3)]
     first, second = CascadeController(layers), make_controller(layers)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller
 from sedac_hf.errors import ConfigError, ControllerError
+from sedac_hf.layer_config import LayerConfig
 from tests.control.cascades import DESIGN, ENGINES, GOLDEN, random_risk
 
 pytestmark = pytest.mark.parametrize("engine", ENGINES)

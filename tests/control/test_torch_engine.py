@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller
 from sedac_hf.control.torch_engine import RISK_BEYOND, STATE_FAILED, STATE_LATCHED, STATE_SUNK, DeviceLaw
 from sedac_hf.errors import ConfigError
+from sedac_hf.layer_config import LayerConfig
 from tests.control.cascades import DESIGN, cascades, random_risk, risks
 
 # As calibration writes it: every confidence exits, a weak slope, a slope that hardly counts, one that does not.

@@ -9,7 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sedac_hf import ConfigError, SedacForCausalLM
-from sedac_hf.configuration import SedacConfig, default_layer_configs
+from sedac_hf.configuration import SedacConfig
+from sedac_hf.layer_config import default_layer_configs
 from sedac_hf.ops.compiled import available
 from sedac_hf.runtime.observation import counting_layers
 from tests.families import build

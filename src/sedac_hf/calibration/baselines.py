@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_hf.configuration import DEFAULT_CONFIDENCE_DECAY, DEFAULT_TARGETS, LayerConfig, default_layer_configs
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
+from sedac_hf.layer_config import DEFAULT_CONFIDENCE_DECAY, DEFAULT_TARGETS, LayerConfig, default_layer_configs
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.runtime import SedacRuntime
 

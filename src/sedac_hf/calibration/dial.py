@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sedac_hf.calibration.allocation import Allocation, mean_share, threshold_for
 from sedac_hf.calibration.law import LawShape, centre_of, layer_configs, levels_of
-from sedac_hf.configuration import Cut, LayerConfig, Objective
+from sedac_hf.configuration import Cut, Objective
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime

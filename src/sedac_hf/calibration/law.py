@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.control import make_controller
+from sedac_hf.layer_config import LayerConfig
 
 ALWAYS = -1e9
 """A target that every usable confidence reaches: each token gets a graded ratio."""

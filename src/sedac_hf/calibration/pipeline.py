@@ -27,10 +27,11 @@ from sedac_hf.calibration.refit import refit_levels
 from sedac_hf.calibration.report import CalibrationReport
 from sedac_hf.calibration.spread import settle
 from sedac_hf.calibration.text import make_text
-from sedac_hf.configuration import DEFAULT_N_LEVELS, Objective, default_probe_rank
+from sedac_hf.configuration import Objective, default_probe_rank
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation import DocumentScores
 from sedac_hf.evaluation.scoring import evaluating
+from sedac_hf.layer_config import DEFAULT_N_LEVELS
 from sedac_hf.runtime import SedacRuntime
 from sedac_hf.runtime.forward_pass import closing_passes
 from sedac_hf.runtime.observation import counting_layers

@@ -24,7 +24,7 @@ import yaml
 from sedac_hf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sedac_hf.configuration import LayerConfig
+    from sedac_hf.layer_config import LayerConfig
 
 CALIBRATION_KEYS = frozenset(
     {
@@ -120,7 +120,7 @@ def law_of(recipe: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
 
 
 def _layer_config(layer: dict[str, Any], n_layers: int) -> LayerConfig:
-    from sedac_hf.configuration import LayerConfig
+    from sedac_hf.layer_config import LayerConfig
 
     if ("depth" in layer) == ("layer_idx" in layer):
         raise RecipeError(f"a checkpoint must have `layer_idx` or `depth`, and not both; got {layer!r}")

@@ -11,9 +11,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sedac_hf.configuration import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 from sedac_hf.control.base import Controller, ForwardPass
 from sedac_hf.errors import ConfigError
+from sedac_hf.layer_config import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 
 if TYPE_CHECKING:
     from sedac_hf.control.rust_engine import RustController as CascadeController

@@ -29,8 +29,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sedac_hf.configuration import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 from sedac_hf.control.checks import check_settings, checkpoint_at
+from sedac_hf.layer_config import DEFAULT_ALPHA, DEFAULT_CONFIDENCE_DECAY, DEFAULT_N_LEVELS, LayerConfig
 from sedac_hf.outputs import CascadeDecisions
 
 CONFIDENCE_FLOOR = -1e6

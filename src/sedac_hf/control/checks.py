@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.errors import ConfigError, ControllerError
+from sedac_hf.layer_config import LayerConfig
 
 THRESHOLD_FLOOR = 1e-6
 """No threshold is ever lower, so that the law's division stays meaningful."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from sedac_hf.configuration import LayerConfig
 from sedac_hf.errors import EvaluationError
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.ffn.shadow import Shadow
+from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops.contract import OperatingPoint
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime

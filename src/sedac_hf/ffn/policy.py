@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_hf.configuration import DEFAULT_ALPHA, SHADOW_BITS, Cut, LayerConfig, Objective
+from sedac_hf.configuration import SHADOW_BITS, Cut, Objective
 from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.channel_order import check_order
 from sedac_hf.ffn.compensation import LevelCompensation
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import FFNSite
+from sedac_hf.layer_config import DEFAULT_ALPHA, LayerConfig
 from sedac_hf.probes import ProbeBank
 
 _PROBES, _ORDER, _COMPENSATION = "probes.", "channel_order.", "compensation."

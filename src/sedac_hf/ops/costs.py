@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sedac_hf.configuration import environment_measure_costs
+from sedac_hf.environment import environment_measure_costs
 from sedac_hf.ops.columns import fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.strip_plan import PlannerClass, StripPlanner

@@ -15,13 +15,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from sedac_hf.configuration import SHADOW_BITS
+from sedac_hf.errors import ConfigError
 from sedac_hf.ffn.deciders import bytes_for
 from sedac_hf.ffn.linears import stored_bytes
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.sharded import is_sharded
 from sedac_hf.ffn.sites import FFNSite
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,4 +92,30 @@ def shadow_bits_within(sites: Sequence[FFNSite], budget: int) -> int:
     for bits in SHADOW_BITS:
         if shadow_bytes(sites, bits) <= budget:
             return bits
+    return 0
+
+
+def bits_allowed(model: nn.Module, sites: Sequence[FFNSite], policy: Policy, extra_memory: float) -> int:
+    """A policy's shadow bits, or 0 where the cap has no room for them.
+
+    Raises:
+        ConfigError: its tables alone do not fit.
+    """
+    use = memory_use(model, policy, 0, extra_memory)
+    remedy = "raise `extra_memory` in the SedacConfig that the model is made with, or calibrate again on this base"
+    if use.extra > use.cap:
+        raise ConfigError(
+            f"compensation ({use.compensation} bytes), probes ({use.probes}) and channel orders "
+            f"({use.channel_order}) must fit into {extra_memory:g} of the base's {use.base} bytes, which is "
+            f"{use.cap}: {remedy}"
+        )
+    if policy.cut != "select" or policy.shadow_bits == 0:
+        return 0
+    wanted = shadow_bytes(sites, policy.shadow_bits)
+    if use.extra + wanted <= use.cap:
+        return policy.shadow_bits
+    logger.warning_once(
+        f"the {policy.shadow_bits}-bit shadow needs {wanted} bytes, more than {extra_memory:g} of the base's "
+        f"{use.base} bytes leaves: the exact gates decide, which reads more and saves less; {remedy}"
+    )
     return 0

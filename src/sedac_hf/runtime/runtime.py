@@ -6,7 +6,6 @@ of the model is changed before `install` (or `attach`), and everything is undone
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,35 +14,32 @@ from dataclasses import replace
 
 import numpy as np
 from torch import nn
-from transformers.utils import logging
 
-from sedac_hf.configuration import DEFAULT_EXTRA_MEMORY, check_extra_memory, default_checkpoint_layers
+from sedac_hf.configuration import DEFAULT_EXTRA_MEMORY, check_extra_memory
 from sedac_hf.control import make_controller, strip_planner
 from sedac_hf.control.base import Controller
 from sedac_hf.errors import ConfigError
-from sedac_hf.ffn.coupled import forward_replacements, masked_because
 from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule
 from sedac_hf.ffn.sites import find_sites
+from sedac_hf.layer_config import default_checkpoint_layers
 from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime.arrangement import Arrangement
+from sedac_hf.runtime.attaching import attach
 from sedac_hf.runtime.captured.execution import CapturedExecution
-from sedac_hf.runtime.decode_linears import DecodeLinear, decode_linears
+from sedac_hf.runtime.decode_linears import DecodeLinear
 from sedac_hf.runtime.execution import let_passes_go
 from sedac_hf.runtime.forward_pass import Forced, GenerationCall, close_left_open, current_generation
 from sedac_hf.runtime.hooks import Attachment, Whereabouts
 from sedac_hf.runtime.kernel_choice import KernelChoice
-from sedac_hf.runtime.memory import MemoryUse, memory_use, shadow_bits_within, shadow_bytes
+from sedac_hf.runtime.memory import MemoryUse, bits_allowed, memory_use, shadow_bits_within
 from sedac_hf.runtime.observation import OnCheckpoint, OnDecision, OnExpert, OnFFN, observing
 from sedac_hf.runtime.planner import GenerationPlanner
 from sedac_hf.runtime.stats import SedacStats, Tally, strip_costs
-from sedac_hf.runtime.units_linears import units_linears
 from sedac_hf.runtime.weights import PreparedWeights
-
-logger = logging.get_logger(__name__)
 
 _LARGEST_RISK = 64.0  # log1p(KL / x0): beyond any KL over any x0 that float32 holds
 
@@ -180,7 +176,7 @@ class SedacRuntime:
             ConfigError: the policy does not fit the model, or its tables not into `extra_memory`.
         """
         policy.check(self.sites, self.checkpoint_layers)
-        shadow_bits = self._bits_allowed(policy)
+        shadow_bits = bits_allowed(self.model, self.sites, policy, self.extra_memory)
         self.uninstall()
         try:
             self.policy = policy
@@ -247,61 +243,13 @@ class SedacRuntime:
         """The most bits of the shadows for which the cap leaves room beside ``reserved`` bytes."""
         return shadow_bits_within(self.sites, self.memory().cap - reserved)
 
-    def _bits_allowed(self, policy: Policy) -> int:
-        """A policy's shadow bits, or 0 where the cap has no room for them; refuses tables that do not fit."""
-        use = memory_use(self.model, policy, 0, self.extra_memory)
-        remedy = "raise `extra_memory` in the SedacConfig that the model is made with, or calibrate again on this base"
-        if use.extra > use.cap:
-            raise ConfigError(
-                f"compensation ({use.compensation} bytes), probes ({use.probes}) and channel orders "
-                f"({use.channel_order}) must fit into {self.extra_memory:g} of the base's {use.base} bytes, which is "
-                f"{use.cap}: {remedy}"
-            )
-        if policy.cut != "select" or policy.shadow_bits == 0:
-            return 0
-        wanted = shadow_bytes(self.sites, policy.shadow_bits)
-        if use.extra + wanted <= use.cap:
-            return policy.shadow_bits
-        logger.warning_once(
-            f"the {policy.shadow_bits}-bit shadow needs {wanted} bytes, more than {self.extra_memory:g} of the base's "
-            f"{use.base} bytes leaves: the exact gates decide, which reads more and saves less; {remedy}"
-        )
-        return 0
-
     # ---------------------------------------------------------------- attach
 
     def attach(self) -> None:
         """Put hooks on the checkpoint layers and around the forward, and make the FFNs cuttable."""
         if self._attachment is not None:
             return
-        attachment, execution = Attachment(), self.captured.fresh()
-        kernels = self.weights.uses_kernels and self.policy is not None
-        masked = []
-        try:
-            attachment.around_forward(self.model, execution.begin, execution.end)
-            for idx, layer in enumerate(self.checkpoint_layers):
-                attachment.after_forward(self.decoder_layers[layer], functools.partial(execution.decide, idx))
-            for i, site in enumerate(self.sites):
-                cuts = execution.site_cuts
-                cut, decoded = functools.partial(cuts.cut, i), functools.partial(cuts.decoded, i)
-                uneven = functools.partial(cuts.uneven, i)
-                experts = functools.partial(self.weights.expert_kernels, i) if kernels else None
-                replacements = forward_replacements(site, cut, decoded if kernels else None, uneven, experts)
-                masked.append(masked_because(replacements))
-                attachment.replace_forwards(execution.parts.of_site(i, site, replacements))
-            self.decode_linears = ()
-            if kernels:
-                ours = {id(linear) for site in self.sites for linear in site.linears}
-                self.decode_linears = tuple(decode_linears(self.model, ours, self.kernel_choice.linear_by_kernel))
-                attachment.replace_forwards(execution.parts.of_linears(self.decode_linears))
-                if self.policy is not None and self.policy.cut == "select":
-                    down = [(linear.module, linear.forward) for linear in units_linears(self.sites)]
-                    attachment.replace_forwards(execution.parts.untouched(down))
-        except BaseException:
-            attachment.detach()
-            raise
-        self._attachment = attachment
-        self.masked = tuple(reason for reason in masked if reason is not None)
+        self._attachment, self.decode_linears, self.masked = attach(self)
 
     def put_forwards_aside(self, modules: Sequence[nn.Module]) -> None:
         """Have these modules run their own forwards, until `put_back_forwards`."""
