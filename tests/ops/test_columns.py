@@ -18,7 +18,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def needs_products(dtype: torch.dtype) -> None:
-    if not columns.available(torch.empty(0, dtype=dtype)):
+    if not columns.may_pay(columns.TILE, torch.empty(0, dtype=dtype)):
         pytest.skip(f"this machine has no products of {dtype} in this order")
 
 
@@ -43,27 +43,29 @@ def test_an_ffn_of_one_width_is_what_masking_gives(dtype, rows, level, gated, bi
     x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
     cut = site_cut([level] * rows, even_points(40))
     width = cut.points[level].width
-    y, h = columns.ffn_by_columns(x, weights, width)
+    h = columns.hidden_by_columns(x, weights, width)
+    y = columns.down_by_columns(h, weights)
     assert y.is_contiguous()
     assert h.shape == (rows, width)
     assert_as_good_as_plain(y, x, weights, cut)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [columns.TILE, columns.MOST_TOKENS, columns.MOST_TOKENS + 1])
-def test_strips_of_one_level_take_the_order_where_it_is_quicker(rows, monkeypatch):
+@pytest.mark.parametrize("rows", [columns.LEAST_TOKENS - 1, columns.LEAST_TOKENS, columns.TILE, 512, 513])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_strips_take_the_order_where_it_may_be_quicker(rows, mixed, monkeypatch):
+    """Of one level up to so many tokens, mixed up to a tile of them, which run as wide as the widest."""
     needs_products(torch.bfloat16)
     ran: list[int] = []
-    by_columns = columns.ffn_by_columns
-    monkeypatch.setattr(
-        "sedac_hf.ops.strips.ffn_by_columns", lambda *args: (ran.append(args[2]), by_columns(*args))[1]
-    )
+    down = columns.down_by_columns
+    monkeypatch.setattr("sedac_hf.ops.strips.down_by_columns", lambda h, w: (ran.append(h.shape[1]), down(h, w))[1])
     weights = random_weights(24, 40, dtype=torch.bfloat16)
     x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     record = Recorder()
-    cut = site_cut([4] * rows, even_points(40), record=record)
+    cut = site_cut([4, 2, 4] * (rows // 3) + [4] * (rows % 3) if mixed else [4] * rows, even_points(40), record=record)
     y = cut_ffn(x, weights, cut)
-    assert ran == ([20] if rows <= columns.MOST_TOKENS else [])
+    most = columns.TILE if mixed else columns.MOST_TOKENS
+    assert ran == ([20] if columns.LEAST_TOKENS <= rows <= most else [])
     assert [call["engine"] for call in record.calls] == ["strips"]
     assert_as_good_as_plain(y, x, weights, cut)
 

@@ -190,7 +190,7 @@ def test_cut_prompts_take_turns_where_that_is_quicker(kernels_win):
 @pytest.mark.parametrize("cut", ["select", "truncate"])
 def test_columns_run_whole_ffns_where_they_are_quicker(family, cut, monkeypatch):
     """Prompts, and steps of some rows; what they give is what the modules give but for rounding."""
-    if not columns.available(torch.empty(0, dtype=torch.bfloat16)):
+    if not columns.may_pay(MAX_ROWS, torch.empty(0, dtype=torch.bfloat16)):
         pytest.skip("this machine has no products of bfloat16 in this order")
     # Where three ways are timed they are kernel, columns and module; where two are, ours and the module.
     monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 1.0, 3.0][-len(calls) :])
@@ -213,3 +213,28 @@ def test_columns_run_whole_ffns_where_they_are_quicker(family, cut, monkeypatch)
         with model.full_width():
             model.generate(ids, consistent=True, **options)
         assert "columns, whole" not in model.stats().engines, "nothing goes by time there"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel_s", [1.0, 3.0])
+def test_cut_batches_run_by_what_is_quicker(kernel_s, monkeypatch):
+    """Kernel or strips, from the number of rows on for which torch's products may read as little in less time."""
+    if not columns.may_pay(MAX_ROWS, torch.empty(0, dtype=torch.bfloat16)):
+        pytest.skip("this machine has no products of bfloat16 in this order")
+
+    def give(calls, device):  # cut or whole; kernel or strips; kernel, columns or module
+        return {1: [0.0], 2: [kernel_s, 2.0], 3: [5.0, 5.0, 5.0]}[len(calls)]
+
+    monkeypatch.setattr(timed_calls, "interleaved", give)
+    model = SedacForCausalLM.from_base(tiny_model("llama").bfloat16(), SedacConfig(extra_memory=0.5))
+    model.install(random_policy(model.runtime, "truncate"))
+    monkeypatch.setattr(model.runtime.planner, "_compare_widths", lambda rows: (True, "asked for"))
+    for rows in (columns.LEAST_TOKENS - 1, columns.LEAST_TOKENS, MAX_ROWS):
+        model.reset_stats()
+        model.generate(token_ids(rows, 4), **OPTIONS)
+        steps = set(model.stats().engines) - {"whole"}
+        by_strips = rows >= columns.LEAST_TOKENS and kernel_s > 2
+        assert ("rust" in steps) is not by_strips
+    model.reset_stats()
+    model.generate(token_ids(MAX_ROWS, 4), consistent=True, **OPTIONS)
+    assert "rust" in model.stats().engines, "nothing goes by time there"

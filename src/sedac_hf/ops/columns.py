@@ -35,21 +35,25 @@ LEAST_TOKENS, MOST_TOKENS = 5, 512
 are, with more it depends on the shape."""
 
 
-def available(weight: Tensor) -> bool:
-    """Whether this order may be the quicker one for FFNs with such weights."""
+def may_pay(tokens: int, weight: Tensor) -> bool:
+    """Whether this order may be the quicker one for an FFN with such weights, of one width for so many tokens."""
     low = weight.dtype in (torch.bfloat16, torch.float16)
-    return low and weight.device.type == "cpu" and _has_products("cpu", weight.dtype)
+    in_range = LEAST_TOKENS <= tokens <= MOST_TOKENS
+    return in_range and low and weight.device.type == "cpu" and _has_products("cpu", weight.dtype)
 
 
-def ffn_by_columns(x: Tensor, weights: FFNWeights, width: int) -> tuple[Tensor, Tensor]:
-    """The FFN by its first ``width`` units: x [n, d] -> y [n, d] contiguous, and their values [n, width]. Not under
-    autograd."""
-    units = _units(x.T, weights, 0, width, out=None)
+def hidden_by_columns(x: Tensor, weights: FFNWeights, width: int) -> Tensor:
+    """Values [n, width] of the first units for x [n, d], one column of memory per unit. Not under autograd."""
+    return _units(x.T, weights, 0, width, out=None).T
+
+
+def down_by_columns(h: Tensor, weights: FFNWeights) -> Tensor:
+    """Down's output [n, d], contiguous, for what `hidden_by_columns` gave. Not under autograd."""
     if weights.down.stride(0) == 1:  # by units: the usual order takes these as quickly as any
-        return functional.linear(units.T, weights.down[:, :width], weights.down_bias), units.T
-    outputs = x.new_empty(weights.down.shape[0], x.shape[0])
-    _outputs(units, weights, out=outputs)
-    return outputs.T.contiguous(), units.T
+        return functional.linear(h, weights.down[:, : h.shape[1]], weights.down_bias)
+    outputs = h.new_empty(weights.down.shape[0], h.shape[0])
+    _outputs(h.T, weights, out=outputs)
+    return outputs.T.contiguous()
 
 
 def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import compiled
 from sedac_hf.ops.activations import name_of
-from sedac_hf.ops.columns import ffn_by_columns
+from sedac_hf.ops.columns import down_by_columns, hidden_by_columns
 from sedac_hf.ops.compiled import (
     MAX_ROWS,
     MOST_IN_TURNS,
@@ -128,7 +128,8 @@ class CpuFFN:
 
     def whole_by_columns(self, x: Tensor) -> Tensor:
         """`whole` by torch's products with one column per token (`sedac_hf.ops.columns`), for x [..., d]."""
-        return ffn_by_columns(x.reshape(-1, self.hidden_size), self.weights, self.intermediate_size)[0].view(x.shape)
+        h = hidden_by_columns(x.reshape(-1, self.hidden_size), self.weights, self.intermediate_size)
+        return down_by_columns(h, self.weights).view(x.shape)
 
     def run_in_turns(
         self, x: Tensor, points: Sequence[OperatingPoint], threads: int, hidden: Tensor | None = None

@@ -15,6 +15,7 @@ down's strips are rounded to the weights' dtype and added up in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sedac_hf.ops.columns import MOST_TOKENS, TILE, available, ffn_by_columns, fill_outputs, fill_units
+from sedac_hf.ops.columns import TILE, down_by_columns, fill_outputs, fill_units, hidden_by_columns, may_pay
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.costs import accumulates, cost_table
 from sedac_hf.ops.reference import bounded_reference_ffn
 from sedac_hf.ops.strip_plan import PythonStripPlanner, RowGroup, Strip
 from sedac_hf.ops.tokens import add_level_bias, compensated, level_widths, present, used_units
+
+Hidden = Callable[[Tensor, FFNWeights, int], Tensor]
+Down = Callable[[Tensor, FFNWeights], Tensor]
 
 
 class Run(NamedTuple):
@@ -84,12 +88,9 @@ def strips_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
 
 def _uniform(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int) -> Tensor:
     n = x.shape[0]
-    if TILE <= n <= MOST_TOKENS and available(weights.up) and not _is_tracked(x, weights):
-        y, h = ffn_by_columns(x, weights, width)
-    else:
-        h = weights.hidden(x, 0, width)
-        y = functional.linear(h, weights.down[:, :width], weights.down_bias)
-    y = compensated(y, h, cut)
+    hidden, down = _order(n, weights, tracked=_is_tracked(x, weights))
+    h = hidden(x, weights, width)
+    y = compensated(down(h, weights), h, cut)
     cut.record(engine="strips", tokens=n, needed=n * width, read=width, computed=n * width)
     return y
 
@@ -138,7 +139,8 @@ def _computed(weights: FFNWeights, paving: Paving) -> int:
 
 def _at_once(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int, *, tracked: bool) -> Tensor:
     """One strip for few tokens: zeroing what each of them does not use costs less than moving rows."""
-    h = weights.hidden(x, 0, width)
+    hidden, down = _order(x.shape[0], weights, tracked=tracked)
+    h = hidden(x, weights, width)
     if x.device.type == "cpu" and not tracked:
         widths = level_widths(cut, weights.intermediate_size)
         for token, level in enumerate(cut.plan.levels.tolist()):
@@ -146,7 +148,22 @@ def _at_once(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int, *, tracke
     else:
         used = used_units(cut, weights.intermediate_size, width, None, x.device)
         h = torch.where(used, h, torch.zeros((), dtype=h.dtype, device=h.device))
-    return compensated(functional.linear(h, weights.down[:, :width], weights.down_bias), h, cut)
+    return compensated(down(h, weights), h, cut)
+
+
+def _order(tokens: int, weights: FFNWeights, *, tracked: bool) -> tuple[Hidden, Down]:
+    """The halves of an FFN whose tokens all run as wide as the widest, in the order of products that may be quicker."""
+    if not tracked and may_pay(tokens, weights.up):
+        return hidden_by_columns, down_by_columns
+    return _hidden_by_rows, _down_by_rows
+
+
+def _hidden_by_rows(x: Tensor, weights: FFNWeights, width: int) -> Tensor:
+    return weights.hidden(x, 0, width)
+
+
+def _down_by_rows(h: Tensor, weights: FFNWeights) -> Tensor:
+    return functional.linear(h, weights.down[:, : h.shape[1]], weights.down_bias)
 
 
 def _in_strips(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:

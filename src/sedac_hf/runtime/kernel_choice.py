@@ -114,6 +114,8 @@ class KernelChoice:
         """Before passes of so many rows: measure what is not known yet."""
         if rows <= MAX_ROWS:
             self._compare_kernels(rows)
+            if columns.may_pay(rows, self._runtime.sites[-1].weight):
+                self._compare_cuts(rows)
         else:
             self.compare_many(rows)
 
@@ -125,12 +127,14 @@ class KernelChoice:
         if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded:
             rows = _measured_with(tokens)
             self._compare_kernels(rows)
-            if kernels_join_torch() and runtime.policy is not None and runtime.policy.cut == "truncate":
+            if kernels_join_torch():
                 self._compare_cuts(rows)
 
     def _compare_cuts(self, rows: int) -> None:
-        """FFNs that are cut: kernels in turns, or strips."""
+        """FFNs that `truncate` cuts: kernels, or strips."""
         runtime, threads = self._runtime, kernel_threads()
+        if runtime.policy is None or runtime.policy.cut != "truncate":
+            return
         alike: dict[tuple[tuple[object, ...], int, int], list[int]] = {}
         for i, segment in enumerate(runtime.segments):
             kernel = runtime.weights.kernel(i)
@@ -246,7 +250,7 @@ def _whole_times(alike: Sequence[tuple[CpuFFN, nn.Module]], rows: int) -> _Times
     first = alike[0][0]
     x = noise(rows, first.hidden_size).to(first.dtype)
     calls: dict[Way, Sequence[Call]] = {}
-    by_columns = rows >= columns.LEAST_TOKENS and columns.available(first.weights.up)
+    by_columns = columns.may_pay(rows, first.weights.up)
     # A machine with products of a low precision has no use for kernels in turns.
     if _kernels_take(rows) and not (rows > MAX_ROWS and by_columns):
         calls["kernel"] = [functools.partial(kernel.whole, x) for kernel, _ in alike]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from sedac_hf.ffn.deciders import Decider
+from sedac_hf.ops.columns import LEAST_TOKENS
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
@@ -56,16 +57,23 @@ class SiteCuts:
         state = current_pass.get()
         if state is None or state.runtime is not runtime or state.whole or state.n_tokens == 0:
             return None
-        return self._cut(i, state, self._kernel(i, state.n_tokens, state.many_threads))
+        return self._cut(i, state, self._kernel(i, state))
 
-    def _kernel(self, i: int, n_tokens: int, many_threads: int) -> DecodeKernel | None:
+    def _kernel(self, i: int, state: ForwardPass) -> DecodeKernel | None:
         """The compiled kernel that may run a cut call of site i."""
-        if n_tokens <= MAX_ROWS:
-            return self._runtime.weights.kernel(i)
-        kernel = self._runtime.weights.kernel(i) if many_threads else None
-        if isinstance(kernel, CpuFFN) and self._runtime.kernel_choice.cut_by_kernel(kernel, n_tokens, many_threads):
-            return kernel
-        return None
+        if state.n_tokens > MAX_ROWS and not state.many_threads:
+            return None
+        kernel = self._runtime.weights.kernel(i)
+        if isinstance(kernel, CpuFFN):
+            return kernel if self._cuts_by_kernel(kernel, state) else None
+        return kernel if state.n_tokens <= MAX_ROWS else None
+
+    def _cuts_by_kernel(self, kernel: CpuFFN, state: ForwardPass) -> bool:
+        """Whether the kernel runs this pass's cut calls, where it can; with few rows nothing else reads as little."""
+        if state.n_tokens < LEAST_TOKENS or not state.by_time:
+            return True
+        threads = state.threads or state.many_threads
+        return self._runtime.kernel_choice.cut_by_kernel(kernel, state.n_tokens, threads)
 
     def uneven(self, i: int, n_tokens: int) -> SiteCut | None:
         """The cut of a call of site i that has another number of rows than the pass has tokens, so that whose row is
@@ -86,7 +94,8 @@ class SiteCuts:
             state.uneven = {}
         if n_tokens not in state.uneven:
             state.uneven[n_tokens] = replace(state, n_tokens=n_tokens, fixed_plans={}, uneven=None)
-        return self._cut(i, state.uneven[n_tokens], self._kernel(i, n_tokens, 0))
+        few = state.uneven[n_tokens]
+        return self._cut(i, few, self._runtime.weights.kernel(i) if n_tokens <= MAX_ROWS else None)
 
     def _cut(self, i: int, state: ForwardPass, kernel: DecodeKernel | None) -> SiteCut | None:
         runtime = self._runtime
@@ -157,7 +166,7 @@ class SiteCuts:
         cut = None if state.whole else self._cut(i, state, kernel)
         threads = state.threads
         if cut is not None:
-            if not cut.kernel_alone:
+            if not cut.kernel_alone or not self._cuts_by_kernel(kernel, state):
                 return None
             y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
             state.decoded.append((i, "rust", cut.importance is not None, needed, read))
