@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
+from sedac_hf.configuration import SedacConfig
 from sedac_hf.errors import ConfigError
-from sedac_hf.runtime import generating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from sedac_hf.configuration import SedacConfig
-    from sedac_hf.runtime import SedacRuntime
+from sedac_hf.runtime import SedacRuntime, generating
 
 
 class SedacGenerationMixin(GenerationMixin):

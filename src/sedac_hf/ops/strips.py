@@ -152,7 +152,7 @@ def _at_once(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int, *, tracke
 
 
 def _order(tokens: int, weights: FFNWeights, *, tracked: bool) -> tuple[Hidden, Down]:
-    """The halves of an FFN whose tokens all run as wide as the widest, in the order of products that may be quicker."""
+    """The halves of an FFN whose tokens all run as wide as the widest, in the order that may be quicker."""
     if not tracked and may_pay(tokens, weights.up):
         return hidden_by_columns, down_by_columns
     return _hidden_by_rows, _down_by_rows
