@@ -14,8 +14,8 @@ from sedac_hf.errors import ConfigError
 from sedac_hf.runtime import SedacRuntime, generating
 
 
-class SedacGenerationMixin(GenerationMixin):
-    """What `SedacForCausalLM` adds to transformers' generation; it brings the attributes."""
+class GeneratingModel(PreTrainedModel, GenerationMixin):
+    """A wrapped decoder's part in transformers' generation; `SedacForCausalLM` has the rest."""
 
     config: SedacConfig
     model: PreTrainedModel

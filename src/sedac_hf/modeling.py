@@ -18,7 +18,7 @@ from transformers.utils import logging
 from sedac_hf.configuration import SedacConfig
 from sedac_hf.control import controller_class
 from sedac_hf.errors import ConfigError
-from sedac_hf.generation import SedacGenerationMixin
+from sedac_hf.generation import GeneratingModel
 from sedac_hf.layer_config import default_layer_configs
 from sedac_hf.mirroring import mirrored_members
 from sedac_hf.runtime import SedacRuntime
@@ -44,7 +44,7 @@ _ADOPTED = (
 )
 
 
-class SedacForCausalLM(PreTrainedModel, SedacGenerationMixin):
+class SedacForCausalLM(GeneratingModel):
     """A causal LM that spends FFN compute on a token in proportion to how hard the token is.
 
     The base decoder is ``self.model``; attention and KV cache are always complete. Uncalibrated, nothing is skipped.
