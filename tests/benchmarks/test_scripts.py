@@ -59,6 +59,25 @@ def test_ffn_stops_where_a_cell_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
         case.check(cells)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layout(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import layout
+
+    from sedac_hf.ops.columns import may_pay
+
+    monkeypatch.setattr(layout, "LEAST_BYTES", 1)
+    arguments = ["--shape", "64x128", "--dtype", dtype, "--rows", "1", "--rows", "16", "--seconds", "0"]
+    figures = run(layout, monkeypatch, tmp_path, *arguments)
+    down = [line for line in figures["lines"] if line["what"] == "down"]
+    whole = [line for line in figures["lines"] if line["what"] == "whole FFN"]
+    assert [line["rows"] for line in down] == [1, 16]
+    assert all(line["time_over_usual"]["usual"] == 1 and "units" in line["s"] for line in down)
+    assert [line["rows"] for line in whole] == (
+        [16] if may_pay(16, torch.empty(0, dtype=getattr(torch, dtype))) else []
+    )
+    assert all(set(line["s"]) == {"usual", "columns", "rows, units", "columns, units"} for line in whole)
+
+
 def test_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import overhead
 
