@@ -65,7 +65,8 @@ class SedacConfig(PreTrainedConfig):
         schedule: operating points per FFN and level, as `WidthSchedule.to_dict` gives it; None until calibrated: an
             uncalibrated model skips nothing.
         risk_scale: x0 of the risk unit per checkpoint, in nats: a sixteenth of the median KL on the calibration text.
-        prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut".
+        prompt: "full" or "cut": how the prompt runs inside ``generate``; None: "full" for "select", else "cut"
+            where that pays.
         adaptive_thresholds: follow the traffic's risk quantiles at inference (outputs then depend on earlier traffic).
         controller: "auto", "rust" or "python".
         engine: "auto", or the name of an FFN engine: "reference", "strips", "gather", "rust" or "triton".

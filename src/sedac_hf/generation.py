@@ -31,14 +31,13 @@ class GeneratingModel(PreTrainedModel, GenerationMixin):
         Args:
             consistent: cut as calibrated even where that does not pay; default: one measured choice per call.
             prompt: "full": prompt tokens run at full width; "cut": as all others. Default: the configuration's, else
-                "full" for `select` and "cut" for `truncate`.
+                "full" for `select`, and for `truncate` "cut" where that was measured to pay.
         """
-        prompt = prompt or self.config.prompt or ("full" if self.config.cut == "select" else "cut")
-        if prompt not in ("full", "cut"):
+        prompt = prompt or self.config.prompt or ("full" if self.config.cut == "select" else None)
+        if prompt not in ("full", "cut", None):
             raise ConfigError(f"`prompt` must be 'full' or 'cut', got {prompt!r}")
-        call = self.runtime.generation_call(
-            *_batch_of(args, kwargs), consistent=consistent, full_prompt=prompt == "full"
-        )
+        full_prompt = None if prompt is None else prompt == "full"
+        call = self.runtime.generation_call(*_batch_of(args, kwargs), consistent=consistent, full_prompt=full_prompt)
         run = super().generate
         if type(self.model).generate is not GenerationMixin.generate:
             run = self.model.generate

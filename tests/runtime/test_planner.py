@@ -163,3 +163,44 @@ def test_an_engine_by_name_holds_from_the_next_call(model):
         model.reset_stats()
         model(ids)
         assert ran in model.stats().engines
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("cutting_wins", [True, False])
+def test_a_prompt_is_cut_where_that_pays(monkeypatch, cutting_wins):
+    """By default under `truncate`; asked for, for certain, or for few tokens it is never measured."""
+    model = SedacForCausalLM.from_base(tiny_model("llama"))
+    model.install(random_policy(model.runtime, "truncate"))
+    monkeypatch.setattr(model.runtime.planner, "_compare_widths", lambda rows: (True, "asked for"))
+    asked: list[int] = []
+
+    def timed(calls, device):
+        asked.append(len(calls))
+        return {1: [0.0], 2: [3.0, 1.0] if cutting_wins else [1.0, 3.0]}[len(calls)]
+
+    monkeypatch.setattr(timed_calls, "interleaved", timed)
+    monkeypatch.setattr(model.runtime.kernel_choice, "compare", lambda rows: None)
+    monkeypatch.setattr(model.runtime.kernel_choice, "compare_many", lambda tokens: None)
+    options = {"max_new_tokens": 1, "do_sample": False}  # the prompt's pass is the only one
+
+    def cuts(tokens: int, **more) -> bool:
+        model.reset_stats()
+        model.generate(token_ids(1, tokens), **options, **more)
+        return model.stats().needed_bytes_share < 1
+
+    long = 2 * MAX_ROWS + 1
+    assert cuts(long) is cutting_wins
+    (choice,) = model.stats().choices
+    assert ("prompt at full width: cutting does not pay" in choice) is not cutting_wins
+    assert asked == [2, 1]
+    assert cuts(long + 1) is cutting_wins, "known by now"
+    assert cuts(4)
+    assert cuts(long, prompt="cut")
+    assert cuts(long, consistent=True)
+    assert not cuts(long, prompt="full")
+    assert asked == [2, 1]
+    cuts(4 * MAX_ROWS)
+    assert asked == [2, 1], "64 tokens as 33 of them"
+    cuts(4 * MAX_ROWS + 1)
+    assert asked == [2, 1] * 2

@@ -198,19 +198,20 @@ class KernelChoice:
             return kernel if rows <= MAX_ROWS else None
         return kernel if self.cut_by_kernel(kernel, rows, threads) else None
 
-    def cut(self, i: int, x: Tensor, kernel: DecodeKernel | None) -> Call:
-        """Site i cut at the typical level."""
+    def cut(self, i: int, x: Tensor, kernel: DecodeKernel | None, plan: LevelPlan | None = None) -> Call:
+        """Site i cut, at the typical level where no plan is given."""
         runtime, policy = self._runtime, self._runtime.policy
         assert policy is not None
         rows, site = x.shape[0], runtime.sites[i]
         cut = SiteCut(
             points=policy.schedule.points[i],
-            plan=LevelPlan.same(rows, policy.typical_level, policy.n_levels),
+            plan=plan or LevelPlan.same(rows, policy.typical_level, policy.n_levels),
             importance=runtime.weights.importance(i),
             compensation=None if policy.compensation is None else policy.compensation[i],
             engine=runtime.engine,
             record=_forget,
             kernel=kernel,
+            strip_planner=runtime.strip_planner,
         )
         if site.experts is not None:
             kernels = runtime.weights.expert_kernels(i)

@@ -7,12 +7,15 @@ change.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime import timed_calls
 from sedac_hf.runtime.timed_calls import in_turns, noise
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from sedac_hf.runtime.runtime import SedacRuntime
 
 MIN_GAIN = 0.1  # share of the FFN time: less is within a noisy machine's reach
+PROMPTS = (32, 64, 128, 256, 512)  # tokens of the prompts that are timed; longer ones are judged by the last
+SPREAD = 2  # levels to either side of the typical one that a prompt's tokens are timed with
 
 
 class GenerationPlanner:
@@ -53,6 +58,18 @@ class GenerationPlanner:
         if not cut:
             runtime.arrangement.follow(cut=False, idle=runtime.kernel_choice.idle(rows, rows * prompt_length))
         return cut, reason
+
+    def cut_prompt(self, tokens: int) -> tuple[bool, str]:
+        """(cut?, reason) for a prompt of so many tokens in a ``generate`` call that cuts; few run as decode steps do,
+        and no reason is given."""
+        runtime = self._runtime
+        if tokens <= MAX_ROWS or runtime.policy is None or runtime.policy.cut != "truncate" or runtime.sharded:
+            return True, ""
+        weight, size = runtime.sites[-1].weight, next((n for n in PROMPTS if tokens <= n), PROMPTS[-1])
+        key = ("prompt", runtime.policy.schedule, size, weight.device, weight.dtype, kernel_threads())
+        if key not in self._known:
+            self._known[key] = self._compare_prompts(size)
+        return self._known[key]
 
     def _choice(self, rows: int, consistent: bool) -> tuple[bool, str]:
         runtime = self._runtime
@@ -93,27 +110,60 @@ class GenerationPlanner:
     # ---------------------------------------------------------------- cut or full width
 
     def _compare_widths(self, rows: int) -> tuple[bool, str]:
-        runtime, policy = self._runtime, self._runtime.policy
-        assert policy is not None
-        governed = [i for i, segment in enumerate(runtime.segments) if segment >= 0]
-        timed = [i for i in governed if runtime.sites[i].plain_forward or runtime.sites[i].experts is not None]
-        if policy.cut == "mask" or len(timed) < len(governed) or not governed:
+        governed, timed = self._sites()
+        if not timed:
             return False, "the FFNs of this model run by masking, which saves nothing"
-        site = runtime.sites[timed[0]]
-        x = noise(rows, site.hidden_size).to(site.weight)
+        runtime = self._runtime
+        x = self._input(rows)
         with runtime.arrangement.side_by_side(timed) as (as_usual, by_units):
             runtime.kernel_choice.compare(rows)
             kernels = runtime.kernel_choice
             whole = [kernels.whole(i, x) for i in as_usual]
             cut = [kernels.cut(i, x, kernels.cutting_kernel(i, rows)) for i in by_units]
             whole_time, cut_time = timed_calls.interleaved(in_turns(whole, cut), x.device)
-        (decide_time,) = timed_calls.interleaved([lambda: self._decide_once(x.float(), rows)], x.device)
-        whole_step = whole_time * len(governed)
-        gain = whole_step - cut_time * len(governed) - decide_time * len(runtime.checkpoint_layers)
+        gain, whole_step = self._gain(x, governed, whole_time, cut_time)
         figures = f"{gain * 1e6:+.0f} us of {whole_step * 1e6:.0f} us FFN time per step at {rows} row(s), measured"
         if gain < MIN_GAIN * whole_step:
             return False, f"cutting does not pay: {figures}"
         return True, f"cutting pays: {figures}"
+
+    def _compare_prompts(self, tokens: int) -> tuple[bool, str]:
+        """The same for prompts, whose tokens have several levels, one after the other."""
+        governed, timed = self._sites()
+        if not timed:
+            return False, "prompt at full width"
+        kernels, policy = self._runtime.kernel_choice, self._runtime.policy
+        assert policy is not None
+        kernels.compare_many(tokens)
+        around = np.arange(tokens) % (2 * SPREAD + 1) - SPREAD + policy.typical_level
+        plan = LevelPlan.of(around.clip(1, policy.n_levels).astype(np.uint8), policy.n_levels)
+        x = self._input(tokens)
+        whole = [kernels.whole(i, x) for i in timed]
+        cut = [kernels.cut(i, x, kernels.cutting_kernel(i, tokens), plan) for i in timed]
+        whole_time, cut_time = timed_calls.interleaved(in_turns(whole, cut), x.device)
+        gain, whole_pass = self._gain(x, governed, whole_time, cut_time)
+        if gain < MIN_GAIN * whole_pass:
+            figures = f"{gain * 1e3:+.1f} ms of {whole_pass * 1e3:.1f} ms FFN time at {tokens} tokens, measured"
+            return False, f"prompt at full width: cutting does not pay: {figures}"
+        return True, ""
+
+    def _sites(self) -> tuple[int, list[int]]:
+        """How many FFNs checkpoints govern, and those to time: none where some of them can only be masked."""
+        runtime, policy = self._runtime, self._runtime.policy
+        governed = [i for i, segment in enumerate(runtime.segments) if segment >= 0]
+        timed = [i for i in governed if runtime.sites[i].plain_forward or runtime.sites[i].experts is not None]
+        masked = policy is None or policy.cut == "mask" or len(timed) < len(governed)
+        return len(governed), [] if masked else timed
+
+    def _input(self, rows: int) -> Tensor:
+        site = self._runtime.sites[self._sites()[1][0]]
+        return noise(rows, site.hidden_size).to(site.weight)
+
+    def _gain(self, x: Tensor, governed: int, whole: float, cut: float) -> tuple[float, float]:
+        """Seconds that cutting saves in a pass, deciding counted against it, and those of its FFNs at full width."""
+        decide = functools.partial(self._decide_once, x.float(), x.shape[0])
+        (seconds,) = timed_calls.interleaved([decide], x.device)
+        return (whole - cut) * governed - seconds * len(self._runtime.checkpoint_layers), whole * governed
 
     @torch.no_grad()
     def _decide_once(self, x: Tensor, rows: int) -> None:

@@ -336,9 +336,17 @@ class SedacRuntime:
 
     # ---------------------------------------------------------------- what ran
 
-    def generation_call(self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool) -> GenerationCall:
-        """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay."""
+    def generation_call(
+        self, rows: int, prompt_length: int, *, consistent: bool, full_prompt: bool | None
+    ) -> GenerationCall:
+        """The one choice of a ``generate`` call: cut as calibrated, or full width where cutting does not pay.
+
+        full_prompt: whether the prompt runs at full width in a call that cuts; None: where cutting it does not pay.
+        """
         cut, reason = self.planner.choose(rows, prompt_length, consistent=consistent)
+        if full_prompt is None:
+            cut_prompt, why = self.planner.cut_prompt(rows * prompt_length) if cut and not consistent else (True, "")
+            full_prompt, reason = not cut_prompt, f"{reason}; {why}" if why else reason
         return GenerationCall(self, rows, not cut, reason, prompt_length if full_prompt else 0, consistent)
 
     def choose_for_graphs(self) -> None:
