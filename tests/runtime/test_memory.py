@@ -110,7 +110,7 @@ def test_a_policy_keeps_the_bits_it_was_made_with(bits, tmp_path):
 def test_a_shadow_without_room_gives_way_to_the_exact_gate(monkeypatch):
     logging.warning_once.cache_clear()
     said: list[str] = []
-    logger = logging.get_logger("sedac_hf.runtime.runtime")
+    logger = logging.get_logger("sedac_hf.runtime.memory")
     monkeypatch.setattr(logger, "warning", lambda text, *_, **__: said.append(text))
     roomy = wrapped("llama", 1.0)
     policy = random_policy(roomy.runtime, "select", compensate=False)
