@@ -3,10 +3,11 @@
 The usual order, ``x @ weight.T``, makes oneDNN repack the weight at each call; this one makes it repack the tokens,
 which are few. A bfloat16 FFN of 896 x 4864 took 0.88 of the usual time at 64 tokens, 0.94 at 128 and 1.00 at 512
 (weights not in the cache, one thread of an AVX-512 machine with bfloat16 products), 1.3 at 4; with AMX, two threads,
-0.7, 0.73 and 0.9, and 0.7 at 5. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
+0.89 at 5, 0.68 at 64 and 128, 0.79 at 256 (`benchmarks/layout.py`). float32
+gains nothing. On a GPU the two orders are alike by construction; unmeasured.
 
 Down's product of more than some 300 tokens takes oneDNN twice the usual time in this order (with AMX; 512 tokens,
-4864 units), and in pieces of 256 tokens less than the usual time: so pieces it is.
+4864 units, timed by hand), and in pieces of 256 tokens less than the usual time: so pieces it is.
 
 Where oneDNN has no products of the type (bfloat16 on an AVX2 machine), torch's own come in, and are slow: 0.22 s for
 down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order (timed by hand). There the usual one is kept.

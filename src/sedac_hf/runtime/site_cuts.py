@@ -163,10 +163,12 @@ class SiteCuts:
             return None
         if runtime.sites[i].owner.training:  # dropout is the class's own affair
             return None
-        cut = None if state.whole else self._cut(i, state, kernel)
+        cut = None
+        if not state.whole:
+            cut = self._cut(i, state, kernel if self._cuts_by_kernel(kernel, state) else None)
         threads = state.threads
         if cut is not None:
-            if not cut.kernel_alone or not self._cuts_by_kernel(kernel, state):
+            if not cut.kernel_alone:
                 return None
             y, needed, read = kernel.run_accepted(x, cut.token_points, threads)
             state.decoded.append((i, "rust", cut.importance is not None, needed, read))
