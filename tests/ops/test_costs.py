@@ -12,7 +12,7 @@ import torch
 
 from sedac_hf import _rust
 from sedac_hf.errors import ConfigError
-from sedac_hf.ops import costs, cut_ffn
+from sedac_hf.ops import cold_clock, costs, cut_ffn
 from sedac_hf.ops.costs import cost_table, forget_tables, known_tables
 from sedac_hf.ops.strip_plan import PythonStripPlanner, Strip
 from tests.cut_cases import assert_as_good_as_plain, even_points, random_weights, site_cut
@@ -22,7 +22,7 @@ from tests.cut_cases import assert_as_good_as_plain, even_points, random_weights
 def fresh_tables(monkeypatch):
     monkeypatch.delenv("SEDAC_MEASURE_COSTS", raising=False)
     monkeypatch.setattr(costs, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(costs, "FLUSH_BYTES", 1 << 12)  # no need of true times here
+    monkeypatch.setattr(cold_clock, "FLUSH_BYTES", 1 << 12)  # no need of true times here
     forget_tables()
     yield
     forget_tables()

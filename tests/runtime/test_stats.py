@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sedac_hf import SedacConfig, SedacForCausalLM
-from sedac_hf.ops import costs
+from sedac_hf.ops import cold_clock, costs
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 
@@ -16,7 +16,7 @@ from tests.tiny_models import tiny_model, token_ids
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SEDAC_MEASURE_COSTS", raising=False)
-    monkeypatch.setattr(costs, "FLUSH_BYTES", 1 << 12)  # no need of true times here
+    monkeypatch.setattr(cold_clock, "FLUSH_BYTES", 1 << 12)  # no need of true times here
     costs.forget_tables()
     model = SedacForCausalLM.from_base(tiny_model("llama"), SedacConfig(extra_memory=1.0, engine="strips"))
     model.install(random_policy(model.runtime, "truncate"))

@@ -3,8 +3,8 @@
 The usual order, ``x @ weight.T``, makes oneDNN repack the weight at each call; this one makes it repack the tokens,
 which are few. A bfloat16 FFN of 896 x 4864 took 0.88 of the usual time at 64 tokens, 0.94 at 128 and 1.00 at 512
 (weights not in the cache, one thread of an AVX-512 machine with bfloat16 products), 1.3 at 4; with AMX, two threads,
-0.89 at 5, 0.68 at 64 and 128, 0.79 at 256 (`benchmarks/layout.py`). float32
-gains nothing. On a GPU the two orders are alike by construction; unmeasured.
+0.89 at 5, 0.68 at 64 and 128, 0.79 at 256, on Zen 4 1.22, 0.86, 0.97 and 0.99 (`benchmarks/layout.py`): whoever can
+choose measures. float32 gains nothing. On a GPU the two orders are alike by construction; unmeasured.
 
 Down's product of more than some 300 tokens takes oneDNN twice the usual time in this order (with AMX; 512 tokens,
 4864 units, timed by hand), and in pieces of 256 tokens less than the usual time: so pieces it is.
@@ -32,8 +32,8 @@ PIECE = 256
 """Most tokens of one product of down on a CPU."""
 
 LEAST_TOKENS, MOST_TOKENS = 5, 512
-"""Tokens of an FFN of one width for which this order was seen to be the quicker one: with fewer the compiled kernels
-are, with more it depends on the shape."""
+"""Tokens of an FFN of one width for which this order was seen to be the quicker one on some machine: with fewer the
+compiled kernels are."""
 
 
 def may_pay(tokens: int, weight: Tensor) -> bool:

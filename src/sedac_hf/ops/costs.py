@@ -14,7 +14,6 @@ measuring they always do. Each time is of weights that come from memory, as they
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sedac_hf.environment import environment_measure_costs
+from sedac_hf.ops.cold_clock import ColdClock
 from sedac_hf.ops.columns import fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.strip_plan import PlannerClass, StripPlanner
@@ -39,9 +39,7 @@ Product = Callable[[int, int], object]  # (tokens, units)
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
 UNITS = (1, 16, 64, 256, 1024, 4096)
-REPEATS = 3  # the best counts: whatever else runs on the machine only adds
-LEAST_WEIGHTS = 1 << 20  # a smaller FFN is not measured: calls cost more than products there, whatever the cuts
-FLUSH_BYTES = 64 << 20  # read between two timings, so that weights come from memory as they do in a model
+LEAST_WEIGHTS = 1 << 20  # a smaller FFN is not measured
 LONGEST_S = 0.01  # a product that would take longer is reckoned from a smaller one, which is as good as measured there
 BUDGET_S = 1.0  # per table; what is left by then is reckoned as well
 
@@ -72,6 +70,17 @@ class CostKey(NamedTuple):
     hidden_size: int
     matrices: int
     threads: int
+
+    @classmethod
+    def of(cls, weights: FFNWeights) -> CostKey:
+        up = weights.up
+        return cls(
+            device=up.device,
+            dtype=up.dtype,
+            hidden_size=weights.hidden_size,
+            matrices=2 if weights.gate is None else 3,
+            threads=torch.get_num_threads() if up.device.type == "cpu" else 0,
+        )
 
     def __str__(self) -> str:
         """As in "float32 on cpu, hidden size 896, 3 matrices, 2 threads"."""
@@ -117,7 +126,7 @@ class CostTable:
 
 
 _tables: dict[tuple[CostKey, bool], CostTable] = {}
-_lock = threading.Lock()  # one measuring at a time: two would time each other
+measuring = threading.Lock()  # one at a time: two would time each other
 
 
 def cost_table(weights: FFNWeights) -> CostTable:
@@ -126,18 +135,11 @@ def cost_table(weights: FFNWeights) -> CostTable:
     Raises:
         ConfigError: ``SEDAC_MEASURE_COSTS`` is neither a yes nor a no.
     """
-    up = weights.up
-    key = CostKey(
-        device=up.device,
-        dtype=up.dtype,
-        hidden_size=weights.hidden_size,
-        matrices=2 if weights.gate is None else 3,
-        threads=torch.get_num_threads() if up.device.type == "cpu" else 0,
-    )
+    key = CostKey.of(weights)
     wanted = environment_measure_costs()
     table = _tables.get((key, wanted))
     if table is None:
-        with _lock:
+        with measuring:
             table = _tables.get((key, wanted))
             if table is None:
                 table = _tables[key, wanted] = CostTable(
@@ -156,6 +158,11 @@ def forget_tables() -> None:
     _tables.clear()
 
 
+def too_small(weights: FFNWeights) -> bool:
+    """Whether measuring is not worth the while: calls cost more than products there."""
+    return (2 if weights.gate is None else 3) * weights.up.numel() < LEAST_WEIGHTS
+
+
 def _stated(key: CostKey) -> Times:
     """The times by the rates."""
     rates = CPU_COSTS if key.device.type == "cpu" else GPU_COSTS
@@ -172,7 +179,7 @@ def _stated(key: CostKey) -> Times:
 
 def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
     """The times on these weights; None, and why in the log, where they cannot be had."""
-    if key.device.type not in ("cpu", "cuda") or key.matrices * weights.up.numel() < LEAST_WEIGHTS:
+    if key.device.type not in ("cpu", "cuda") or too_small(weights):
         return None
     start = time.perf_counter()
     try:
@@ -190,26 +197,15 @@ def _measured(key: CostKey, weights: FFNWeights) -> Times | None:
 
 
 def _measure(weights: FFNWeights, deadline: float) -> Times:
-    device = weights.up.device
     products = _by_rows(weights) if accumulates(weights.up.dtype) else _by_columns(weights)
-    rest = torch.zeros(FLUSH_BYTES // 4, device=device)
-
-    def between() -> None:
-        rest.add_(1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def after() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    clock = ColdClock(weights.up.device)
     hidden, down = (np.zeros((len(TOKENS), len(UNITS))) for _ in range(2))
     for i, n in enumerate(TOKENS):
         for j, u in enumerate(UNITS):
             hidden[i, j], down[i, j] = expected = _expected(hidden, i, j), _expected(down, i, j)
             if u > weights.intermediate_size or max(expected) > LONGEST_S or time.perf_counter() > deadline:
                 continue
-            hidden[i, j], down[i, j] = (_seconds(partial(product, n, u), between, after) for product in products)
+            hidden[i, j], down[i, j] = clock.seconds(*(partial(product, n, u) for product in products))
     return Times(_monotone(hidden), _monotone(down))
 
 
@@ -246,18 +242,6 @@ def _operands(weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor]:
     noise = torch.randn(TOKENS[-1], weights.hidden_size, generator=torch.Generator().manual_seed(0))
     x = noise.to(weights.up.device, weights.up.dtype)
     return x, torch.zeros_like(x), x.new_zeros(TOKENS[-1] * min(UNITS[-1], weights.intermediate_size))
-
-
-def _seconds(call: Callable[[], object], between: Callable[[], None], after: Callable[[], None]) -> float:
-    call()
-    best = math.inf
-    for _ in range(REPEATS):
-        between()
-        start = time.perf_counter()
-        call()
-        after()
-        best = min(best, time.perf_counter() - start)
-    return max(best, 1e-9)
 
 
 def _expected(times: NDArray[np.float64], i: int, j: int) -> float:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sedac_hf.ops.columns import TILE, down_by_columns, fill_outputs, fill_units, hidden_by_columns, may_pay
+from sedac_hf.ops.columns import TILE, down_by_columns, fill_outputs, fill_units, hidden_by_columns
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.costs import accumulates, cost_table
+from sedac_hf.ops.orders import by_columns, down_by_rows, hidden_by_rows
 from sedac_hf.ops.reference import bounded_reference_ffn
 from sedac_hf.ops.strip_plan import PythonStripPlanner, RowGroup, Strip
 from sedac_hf.ops.tokens import add_level_bias, compensated, level_widths, present, used_units
@@ -152,18 +153,10 @@ def _at_once(x: Tensor, weights: FFNWeights, cut: SiteCut, width: int, *, tracke
 
 
 def _order(tokens: int, weights: FFNWeights, *, tracked: bool) -> tuple[Hidden, Down]:
-    """The halves of an FFN whose tokens all run as wide as the widest, in the order that may be quicker."""
-    if not tracked and may_pay(tokens, weights.up):
+    """The halves of an FFN whose tokens all run as wide as the widest, in the quicker order."""
+    if not tracked and by_columns(tokens, weights):
         return hidden_by_columns, down_by_columns
-    return _hidden_by_rows, _down_by_rows
-
-
-def _hidden_by_rows(x: Tensor, weights: FFNWeights, width: int) -> Tensor:
-    return weights.hidden(x, 0, width)
-
-
-def _down_by_rows(h: Tensor, weights: FFNWeights) -> Tensor:
-    return functional.linear(h, weights.down[:, : h.shape[1]], weights.down_bias)
+    return hidden_by_rows, down_by_rows
 
 
 def _in_strips(rows: Tensor, weights: FFNWeights, cut: SiteCut, paving: Paving) -> Tensor:

@@ -29,7 +29,7 @@ class GenerationCall:
     full_width: bool
     reason: str
     prompt_length: int  # tokens at positions before this one run at full width
-    consistent: bool = False  # cut whatever it costs, and let no measured time decide anything
+    consistent: bool = False  # cut whatever it costs, and let no measured time decide what runs
     past_prompt: bool = False  # a call without prompt tokens was seen: no later one has any
 
     @property
