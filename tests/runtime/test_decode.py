@@ -122,6 +122,23 @@ def test_few_rows_take_the_kernel_and_many_do_not():
     assert linear.module(x.detach()).requires_grad, "its weight wants one"
 
 
+def test_the_first_tokens_of_a_batch_are_those_of_its_rows_alone():
+    """The head of a prompt sees each row's last token, which do not lie one behind the other."""
+    model, ids = decoding("llama", "select"), token_ids(3, 5)
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def first(rows: torch.Tensor) -> torch.Tensor:
+        return model.generate(rows, attention_mask=torch.ones_like(rows), consistent=True, **options).logits[0]
+
+    torch.testing.assert_close(first(ids), torch.cat([first(row[None]) for row in ids]), rtol=0, atol=0)
+    head = next(linear for linear in model.runtime.decode_linears if linear.module is model.get_output_embeddings())
+    last = torch.randn(3, 5, head.shape[1])[:, -1:]
+    with torch.no_grad():
+        y = head.by_kernel(last)
+    assert y is not None
+    torch.testing.assert_close(y, head.original(last), **TOLERANCE)
+
+
 def test_a_bias_alone_can_learn():
     model = decoding("gpt_neox")
     linear = next(linear for linear in model.runtime.decode_linears if linear.module.bias is not None)

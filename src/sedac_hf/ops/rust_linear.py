@@ -41,20 +41,15 @@ class CpuLinear:
             ConfigError: the input does not fit.
         """
         check_input(x, self.inputs, self.dtype)
-        return self.run_accepted(x.contiguous(), kernel_threads())
+        return self.run_accepted(x, kernel_threads())
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether `run_accepted` may be called with this input: 1 to `MOST_IN_TURNS` rows as they must lie."""
-        return (
-            x.dtype is self.dtype
-            and x.size(-1) == self.inputs
-            and 0 < x.numel() <= self._most
-            and x.is_cpu
-            and x.is_contiguous()
-        )
+        """Whether `run_accepted` may be called with this input: 1 to `MOST_IN_TURNS` rows of the weight's dtype."""
+        return x.dtype is self.dtype and x.size(-1) == self.inputs and 0 < x.numel() <= self._most and x.is_cpu
 
     def run_accepted(self, x: Tensor, threads: int) -> Tensor:
         """`run` without its checks, for inputs that `accepts` has seen; more than `MAX_ROWS` rows take turns."""
+        x = x.contiguous()  # the last tokens of a batch's prompts, which the head gets, lie apart
         rows = x.numel() // self.inputs
         if rows <= MAX_ROWS:
             y = torch.empty_like(x if self.outputs == self.inputs else self._output_like(x))
