@@ -64,6 +64,11 @@ class FFNWeights:
         return self.up.shape[0]
 
     @property
+    def matrices(self) -> int:
+        """3 with a gate, 2 without."""
+        return 2 if self.gate is None else 3
+
+    @property
     def ordinary(self) -> bool:
         """Whether all weights are ordinary tensors, whose memory a kernel may read and index.
 

@@ -63,7 +63,7 @@ GPU_COSTS = CostModel(3e12, 200e12, 20e-6, 2e12)
 
 
 class CostKey(NamedTuple):
-    """What a table holds for; matrices: 3 with a gate, 2 without; threads: torch's on a CPU, else 0."""
+    """What a table holds for; threads: torch's on a CPU, else 0."""
 
     device: torch.device
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class CostKey(NamedTuple):
             device=up.device,
             dtype=up.dtype,
             hidden_size=weights.hidden_size,
-            matrices=2 if weights.gate is None else 3,
+            matrices=weights.matrices,
             threads=torch.get_num_threads() if up.device.type == "cpu" else 0,
         )
 
@@ -160,7 +160,7 @@ def forget_tables() -> None:
 
 def too_small(weights: FFNWeights) -> bool:
     """Whether measuring is not worth the while: calls cost more than products there."""
-    return (2 if weights.gate is None else 3) * weights.up.numel() < LEAST_WEIGHTS
+    return weights.matrices * weights.up.numel() < LEAST_WEIGHTS
 
 
 def _stated(key: CostKey) -> Times:

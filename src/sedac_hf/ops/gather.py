@@ -42,7 +42,7 @@ def gather_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
         y = functional.linear(spread, weights.down[:, :width], weights.down_bias)
         read_down = width
     y = compensated(y, spread, cut)
-    matrices = 2 if weights.gate is None else 3
+    matrices = weights.matrices
     # More may have been read than was chosen, of some matrices: reported as whole units, rounded up.
     read = -(-((matrices - 1) * (count if copies else width) + read_down) // matrices)
     cut.record(engine="gather", tokens=1, needed=count, read=read, computed=read)

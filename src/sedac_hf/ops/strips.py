@@ -133,7 +133,7 @@ def _computed(weights: FFNWeights, paving: Paving) -> int:
     in_strips = sum((strip.hi - strip.lo) * strip.tokens for strip in paving.strips)
     if not paving.groups:
         return in_strips
-    matrices = 2 if weights.gate is None else 3
+    matrices = weights.matrices
     in_groups = sum((group.hi - group.lo) * group.width for group in paving.groups)
     return -(-((matrices - 1) * in_strips + in_groups) // matrices)
 

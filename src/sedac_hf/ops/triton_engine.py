@@ -85,7 +85,7 @@ def triton_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     y = selected(x, *cut.points_on(x.device), kernel.shadow, weights, kernel.activation, hidden=hidden, counts=counts)
     needed, chosen = counts.tolist()
     # A matrix in which a unit's numbers are apart is read up to the widest token. Reported as whole units, rounded up.
-    matrices = 2 if weights.gate is None else 3
+    matrices = weights.matrices
     of_hidden = chosen if weights.up.stride(1) == 1 else widest(cut, f)
     of_down = chosen if weights.down.stride(1) != 1 else widest(cut, f)
     read = -(-((matrices - 1) * of_hidden + of_down) // matrices)
