@@ -1,7 +1,7 @@
 """Cost of the controller: `python benchmarks/controller.py [--json PATH]`.
 
 One run, the engines taking turns in every round, medians over the rounds. Compared are the compiled engine, the NumPy
-oracle and plain Python: a per-token loop for the law, `sedac_hf.ops.strip_plan` for where strips are cut (one plan of
+oracle and plain Python: a per-token loop for the law, `sedac_hf.ops.strips.plan` for where strips are cut (one plan of
 an FFN of the 0.5B shape, by the table of times that is measured first; it has no part in NumPy). Before anything is
 timed the first two must give the same levels and both planners the same strips; the loop, which reckons in float64,
 the same levels but for one in 10,000.
@@ -25,8 +25,8 @@ import torch
 from sedac_hf.control import Controller, make_controller, strip_planner
 from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops.contract import FFNWeights
-from sedac_hf.ops.costs import cost_table
-from sedac_hf.ops.strip_plan import PythonStripPlanner, StripPlanner
+from sedac_hf.ops.strips.costs import cost_table
+from sedac_hf.ops.strips.plan import PythonStripPlanner, StripPlanner
 
 LAYERS = [LayerConfig(3, 0.2, 0.8, 0.3), LayerConfig(6, 0.5, 1.0, 0.4), LayerConfig(9, 0.8, 1.2, 0.3)]
 LOOP_TOKENS = 20_000

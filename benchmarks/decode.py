@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from sedac_hf.evaluation.speed import TokenClock
 Run = Callable[[int, TokenClock], None]
 
 PROMPT, WARM_UP = 32, 3
+LEAST_ROUNDS, MOST_ROUNDS = 2, 4
+SECONDS = 270.0  # for a table, unless rounds are asked for: the default run's two stay below ten minutes
 DENSE, COMPILED = "plain HF, eager", "plain HF, static cache, compiled"
 WHOLE, WHOLE_COMPILED = "our kernels, nothing skipped", "our kernels, static cache, compiled"
 
@@ -109,15 +112,20 @@ def step_bytes(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for _, size in sizes), sum(size for is_ffn, size in sizes if is_ffn)
 
 
-def measure(case: Case, tokens: int, rounds: int, **kinds: bool) -> dict[str, dict[str, Any]]:
-    """Median step by row, with what `generate` chose."""
+def measure(case: Case, tokens: int, rounds: int | None, **kinds: bool) -> dict[str, dict[str, Any]]:
+    """Median step by row, with what `generate` chose. rounds: None for as many as fit `SECONDS`, within limits."""
+    started = time.perf_counter()
     rows = case.variants(**kinds)
     samples = {name: Samples() for name in rows}
     choices: dict[str, str] = {}
     names = list(rows)
     for name in names:
         rows[name](tokens, TokenClock())  # measures, warms up, and compiles: a static cache has the length of its call
-    for round_idx in range(rounds):
+    begun = time.perf_counter()
+    for round_idx in range(rounds or MOST_ROUNDS):
+        now = time.perf_counter()
+        if rounds is None and round_idx >= LEAST_ROUNDS and now + (now - begun) / round_idx > started + SECONDS:
+            break
         shift = round_idx % len(names)
         for name in names[shift:] + names[:shift]:
             for model in case.models.values():
@@ -168,7 +176,7 @@ def main() -> None:
     parser.add_argument("--cut", choices=("select", "truncate"), action="append", help="default: both")
     parser.add_argument("--shares", default="1,0.75,0.5,0.35,0.3,0.25", help="needed shares of the FFN bytes")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, help="default: up to four, as many as fit 4.5 minutes per table")
     parser.add_argument("--full", action="store_true", help="more shapes, and batches of 1, 2, 4 and 16")
     parser.add_argument("--no-compiled", action="store_true", help="leave the compiled plain model out")
     parser.add_argument("--consistent", action="store_true", help="cut even where full width is quicker")

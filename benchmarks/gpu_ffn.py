@@ -34,7 +34,7 @@ from torch.nn import functional
 from sedac_hf.ops import FFNWeights
 from sedac_hf.ops.library import selected_ffn, triton_is_installed, truncated_ffn
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS
 
 CACHE_BYTES = 1 << 29  # weights of all layers together: several times the cache of any GPU
 LARGEST_ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}

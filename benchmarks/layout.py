@@ -8,8 +8,8 @@ bfloat16 by a compiled product, also timed with more rows than it is used for.
 
     units, ours      torch's product by units, and the compiled one, over torch's with the usual layout
 
-The whole FFN (GLU, SiLU), in bfloat16: `sedac_hf.ops.columns` has one column per token, so that oneDNN repacks tokens
-instead of weights.
+The whole FFN (GLU, SiLU), in bfloat16: `sedac_hf.ops.strips.columns` has one column per token, so that oneDNN repacks
+tokens instead of weights.
 
     columns          over the FFN by rows, as modules run it
     rows, units      by rows, down's weights by units
@@ -33,9 +33,9 @@ from timing import about, take_turns
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_hf.ops.columns import down_by_columns, hidden_by_columns, may_pay
 from sedac_hf.ops.contract import FFNWeights
 from sedac_hf.ops.rust_product import LEAST_ROWS, available, product
+from sedac_hf.ops.strips.columns import down_by_columns, hidden_by_columns, may_pay
 
 SHAPES = ("896x4864", "2048x8192")
 ROWS = (1, 2, 5, 16, 32, 64, 128, 256)

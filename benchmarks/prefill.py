@@ -35,7 +35,7 @@ from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops import LevelPlan, OperatingPoint, SiteCut, cut_ffn
-from sedac_hf.ops.costs import known_tables
+from sedac_hf.ops.strips.costs import known_tables
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
 

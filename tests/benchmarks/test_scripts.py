@@ -63,7 +63,7 @@ def test_ffn_stops_where_a_cell_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_layout(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import layout
 
-    from sedac_hf.ops.columns import may_pay
+    from sedac_hf.ops.strips.columns import may_pay
 
     monkeypatch.setattr(layout, "LEAST_BYTES", 1)
     arguments = ["--shape", "64x128", "--dtype", dtype, "--rows", "1", "--rows", "16", "--seconds", "0"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sedac_hf import SedacConfig, SedacForCausalLM
-from sedac_hf.ops import cold_clock, costs
+from sedac_hf.ops.strips import cold_clock, costs
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 

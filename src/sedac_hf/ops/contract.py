@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops.level_plan import LevelPlan
-from sedac_hf.ops.strip_plan import PlannerClass
+from sedac_hf.ops.strips.plan import PlannerClass
 
 
 class OperatingPoint(NamedTuple):
@@ -112,7 +112,7 @@ class ShadowTables(NamedTuple):
 
 class DecodeKernel(Protocol):
     """One FFN's compiled kernel for a few rows: `sedac_hf.ops.rust_cpu.CpuFFN` on a CPU,
-    `sedac_hf.ops.triton_engine.TritonFFN` on CUDA.
+    `sedac_hf.ops.triton.engine.TritonFFN` on CUDA.
 
     engine: name in dispatch.py of the engine that runs it; selects: it can choose units by importance; truncates: it
     is the way to run a call in which no token chooses.

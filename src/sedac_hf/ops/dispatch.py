@@ -12,8 +12,8 @@ from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.gather import gather_ffn
 from sedac_hf.ops.reference import bounded_reference_ffn, reference_ffn
 from sedac_hf.ops.rust_cpu import rust_ffn
-from sedac_hf.ops.strips import strips_ffn
-from sedac_hf.ops.triton_engine import triton_ffn
+from sedac_hf.ops.strips.engine import strips_ffn
+from sedac_hf.ops.triton.engine import triton_ffn
 
 Engine = Callable[[Tensor, FFNWeights, SiteCut], Tensor]
 

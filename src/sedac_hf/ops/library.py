@@ -6,7 +6,7 @@
 
 How much a token computes is data on the device (``widths``, ``importance_min``), never a shape and never a number on
 the host, so nothing is recompiled or recaptured when it changes. Devices: CUDA runs the Triton kernels (`selected_ffn`
-up to `triton_launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
+up to `triton.launch.MOST_SELECTING_ROWS` rows, where choosing saves anything, and with a shadow that is not
 interleaved); a CPU runs up to `compiled.MAX_ROWS` rows by the compiled kernel that ``kernel`` names (see
 `Handle`); all else computes every unit in plain torch and zeroes what is not used. All give the same function.
 
@@ -36,7 +36,7 @@ from sedac_hf.ops.contract import FFNWeights, OperatingPoint, ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix, importance
 from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.threads import kernel_threads
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS
 
 # What follows in both; functions below take it as ``*ffn``.
 _FFN = (
@@ -193,7 +193,7 @@ def _truncated_on_cuda(x: Tensor, widths: Tensor, *ffn: Any) -> Tensor:
         return _like_output(x, weights.down)
     _need_triton()
     # Not at the top: a machine without a GPU need not have Triton.
-    from sedac_hf.ops.triton_truncate import truncated
+    from sedac_hf.ops.triton.truncate import truncated
 
     return truncated(x, widths, weights, ffn[-2])
 
@@ -213,7 +213,7 @@ def _selected_on_cuda(
         return _selected(x, widths, importance_min, *shadow, *ffn)
     weights = _weights(x, *ffn)
     _need_triton()
-    from sedac_hf.ops.triton_select import selected
+    from sedac_hf.ops.triton.select import selected
 
     return selected(x, widths, importance_min, ShadowTables(*shadow), weights, ffn[-2])
 

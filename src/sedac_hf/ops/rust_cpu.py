@@ -15,7 +15,6 @@ from torch import Tensor
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops import compiled
 from sedac_hf.ops.activations import name_of
-from sedac_hf.ops.columns import down_by_columns, hidden_by_columns
 from sedac_hf.ops.compiled import (
     MAX_ROWS,
     MOST_IN_TURNS,
@@ -27,6 +26,7 @@ from sedac_hf.ops.compiled import (
     turns,
 )
 from sedac_hf.ops.contract import Compensation, FFNWeights, OperatingPoint, ShadowTables, SiteCut
+from sedac_hf.ops.strips.columns import down_by_columns, hidden_by_columns
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.ops.tokens import compensated
 
@@ -127,7 +127,7 @@ class CpuFFN:
         return self.run_in_turns(x, points, threads)[0]
 
     def whole_by_columns(self, x: Tensor) -> Tensor:
-        """`whole` by torch's products with one column per token (`sedac_hf.ops.columns`), for x [..., d]."""
+        """`whole` by torch's products with one column per token (`sedac_hf.ops.strips.columns`), for x [..., d]."""
         h = hidden_by_columns(x.reshape(-1, self.hidden_size), self.weights, self.intermediate_size)
         return down_by_columns(h, self.weights).view(x.shape)
 

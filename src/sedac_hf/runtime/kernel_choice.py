@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.experts import Experts
-from sedac_hf.ops import columns, cut_ffn
+from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
 from sedac_hf.ops.contract import DecodeKernel, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
+from sedac_hf.ops.strips import columns
 from sedac_hf.ops.threads import kernel_threads, kernels_join_torch
 from sedac_hf.runtime import timed_calls
 from sedac_hf.runtime.decode_linears import DecodeLinear, Shape

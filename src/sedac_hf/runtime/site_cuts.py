@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from sedac_hf.ffn.deciders import Decider
-from sedac_hf.ops.columns import LEAST_TOKENS
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, DecodeKernel, OperatingPoint, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
+from sedac_hf.ops.strips.columns import LEAST_TOKENS
 from sedac_hf.runtime.forward_pass import ForwardPass, current_pass
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sedac_hf.ops.costs import known_tables
+from sedac_hf.ops.strips.costs import known_tables
 
 NEEDED_ELEMENT_BYTES = 2  # the needed share is quoted for a bf16 base
 
@@ -74,8 +74,8 @@ class SedacStats:
     ``choices``: how often ``generate`` chose to cut or to run at full width, with its reason. ``memory``: bytes held,
     of the base and of what SEDAC keeps beside it (`sedac_hf.runtime.memory.MemoryUse`). ``strip_costs``: for each kind
     of FFN that this process has cut in strips so far, in words, whether the times that its strips are cut by were
-    "measured" on this machine or "stated" (`sedac_hf.ops.costs`); it outlives a reset. ``masked``: how many FFNs can
-    be cut by zeroing alone, which computes all of them, by the reason.
+    "measured" on this machine or "stated" (`sedac_hf.ops.strips.costs`); it outlives a reset. ``masked``: how many
+    FFNs can be cut by zeroing alone, which computes all of them, by the reason.
     """
 
     tokens: int

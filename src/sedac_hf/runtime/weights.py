@@ -23,7 +23,7 @@ from sedac_hf.ffn.sites import FFNSite
 from sedac_hf.ops.compiled import available
 from sedac_hf.ops.contract import DecodeKernel, dense
 from sedac_hf.ops.rust_cpu import CpuFFN
-from sedac_hf.ops.triton_engine import TritonFFN, kernel_device
+from sedac_hf.ops.triton.engine import TritonFFN, kernel_device
 from sedac_hf.runtime.stats import SiteCost
 
 # A module's parameters, the name of one, and its address and bytes: what a kernel reads.

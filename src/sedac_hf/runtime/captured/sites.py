@@ -21,7 +21,7 @@ from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.contract import Compensation, OperatingPoint
 from sedac_hf.ops.library import Handle, selected_ffn, truncated_ffn
 from sedac_hf.ops.rust_cpu import CpuFFN
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS
 
 
 class CapturedSite(nn.Module):

@@ -1,16 +1,16 @@
 """The strip engine for `truncate`: host-known widths, plain torch products, gate and up read at most once.
 
 A call whose tokens share one level is three products on slices. A mixed call is sorted by level (the plan did that
-once for the whole stretch) and paved with products as `sedac_hf.ops.strip_plan` tells, once per stretch and set of
-widths. Tokens that end inside a strip or a row group have the rest of it zeroed, so the result is exact for every
-choice of cuts: where to cut is a question of cost alone (`sedac_hf.ops.costs`). Where cuts do not pay (few tokens:
-reading the weights costs more than the products) it gives one strip, which is the masked product.
+once for the whole stretch) and paved with products as `plan.py` tells, once per stretch and set of widths. Tokens
+that end inside a strip or a row group have the rest of it zeroed, so the result is exact for every choice of cuts:
+where to cut is a question of cost alone (`costs.py`). Where cuts do not pay (few tokens: reading the weights costs
+more than the products) it gives one strip, which is the masked product.
 
 float32 and float64: all three matrices run in strips, and down's partial sums are added up in place. bfloat16 and
-float16: gate and up run in strips, down in row groups, one column per token (`sedac_hf.ops.columns`): an output is one
-product, accumulated inside it in float32 and rounded once. Strips of down would each be rounded, as torch has no
-product of low-precision matrices into float32 on a CPU. Where gradients are wanted, or weights are no plain tensors,
-down's strips are rounded to the weights' dtype and added up in float32.
+float16: gate and up run in strips, down in row groups, one column per token (`columns.py`): an output is one product,
+accumulated inside it in float32 and rounded once. Strips of down would each be rounded, as torch has no product of
+low-precision matrices into float32 on a CPU. Where gradients are wanted, or weights are no plain tensors, down's
+strips are rounded to the weights' dtype and added up in float32.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sedac_hf.ops.columns import TILE, down_by_columns, fill_outputs, fill_units, hidden_by_columns
 from sedac_hf.ops.contract import FFNWeights, SiteCut
-from sedac_hf.ops.costs import accumulates, cost_table
-from sedac_hf.ops.orders import by_columns, down_by_rows, hidden_by_rows
 from sedac_hf.ops.reference import bounded_reference_ffn
-from sedac_hf.ops.strip_plan import PythonStripPlanner, RowGroup, Strip
+from sedac_hf.ops.strips.columns import TILE, down_by_columns, fill_outputs, fill_units, hidden_by_columns
+from sedac_hf.ops.strips.costs import accumulates, cost_table
+from sedac_hf.ops.strips.orders import by_columns, down_by_rows, hidden_by_rows
+from sedac_hf.ops.strips.plan import PythonStripPlanner, RowGroup, Strip
 from sedac_hf.ops.tokens import add_level_bias, compensated, level_widths, present, used_units
 
 Hidden = Callable[[Tensor, FFNWeights, int], Tensor]

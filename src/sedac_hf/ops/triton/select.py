@@ -20,9 +20,9 @@ from torch import Tensor
 from sedac_hf.errors import ConfigError
 from sedac_hf.ops.contract import FFNWeights, ShadowTables
 from sedac_hf.ops.packing import GROUP
-from sedac_hf.ops.triton_down import covered_units, project_down
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, Launch, options, select_launch
-from sedac_hf.ops.triton_tiles import INLINE_PTX, NUMBER_OF_TOKENS, activated, hidden_tile, tile_widths
+from sedac_hf.ops.triton.down import covered_units, project_down
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS, Launch, options, select_launch
+from sedac_hf.ops.triton.tiles import INLINE_PTX, NUMBER_OF_TOKENS, activated, hidden_tile, tile_widths
 
 _GROUP = tl.constexpr(GROUP)
 _WORDS = tl.constexpr(GROUP // 8)  # words of 32 bits that hold a group in 4 bits

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sedac_hf.ops
+import sedac_hf.ops.triton
 from sedac_hf.ops import FFNWeights, OperatingPoint, SiteCut
 from sedac_hf.ops.activations import KNOWN
 from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.low_bit import GROUP, LowBitMatrix, importance, int8_rows
-from sedac_hf.ops.triton_launch import Launch
+from sedac_hf.ops.triton.launch import Launch
 from tests.cut_cases import assert_as_good_as_plain, random_weights, site_cut
-from tests.ops.triton_memory import Watch, watched
+from tests.ops.triton.memory import Watch, watched
 
-SOURCES = Path(sedac_hf.ops.__file__).parent
-FILES = ("triton_tiles", "triton_down", "triton_truncate", "triton_select")
+SOURCES = Path(sedac_hf.ops.triton.__file__).parent
+FILES = ("tiles", "down", "truncate", "select")
 
 # Small tiles, so that small sizes have many of them, ragged ends and idle programs. Order as in `Launch`.
 NARROW = Launch(4, 8, 16, 16, 4, 3, 4, 1, 4, 1)
@@ -126,9 +126,9 @@ class Engines:
     @classmethod
     def load(cls, folder: Path | None = None) -> Engines:
         """From ``folder`` where given: copies of `FILES` there take the place of the package's."""
-        names = [f"sedac_hf.ops.{name}" for name in FILES]
+        names = [f"sedac_hf.ops.triton.{name}" for name in FILES]
         if folder is None:
-            return cls({name: importlib.import_module(f"sedac_hf.ops.{name}") for name in FILES})
+            return cls({name: importlib.import_module(f"sedac_hf.ops.triton.{name}") for name in FILES})
         kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
         try:
             for name, file in zip(names, FILES, strict=True):
@@ -156,8 +156,8 @@ class Engines:
     def _run(self, case: Case, problem: Problem) -> Tensor:
         common = (problem.weights, case.activation, case.launch)
         if case.shares is None:
-            return self.modules["triton_truncate"].truncated(problem.x, problem.widths, *common)
-        select = self.modules["triton_select"]
+            return self.modules["truncate"].truncated(problem.x, problem.widths, *common)
+        select = self.modules["select"]
         shadow = ShadowTables(*problem.shadow)
         return select.selected(problem.x, problem.widths, problem.least, shadow, *common)
 
@@ -239,7 +239,7 @@ SELECT_CASES: tuple[Case, ...] = (
 def check_rounding(engines: Engines) -> None:
     """The rounding of x is `int8_rows`' bit for bit: halves to even, zero rows, many magnitudes, odd sizes; a row that
     is not finite has a NaN scale."""
-    module = engines.modules["triton_select"]
+    module = engines.modules["select"]
     for d in (1, 63, 150):
         g = torch.Generator().manual_seed(d)
         x = torch.randn(4, d, generator=g) * torch.tensor([[1.0], [1e-30], [1e30], [0.0]])

@@ -1,6 +1,6 @@
 """The Triton kernels as an engine, alone and under a whole model, in Triton's interpreter on a CPU.
 
-Started by test_triton.py like triton_interpreted.py. Under TRITON_INTERPRET=1 `TritonFFN` takes CPU memory; everything
+Started by test_triton.py like interpreted.py. Under TRITON_INTERPRET=1 `TritonFFN` takes CPU memory; everything
 else is what runs on CUDA.
 """
 
@@ -24,10 +24,10 @@ from sedac_hf.ops import FFNWeights, OperatingPoint, SiteCut, cut_ffn
 from sedac_hf.ops.activations import KNOWN
 from sedac_hf.ops.dispatch import choose
 from sedac_hf.ops.low_bit import LowBitMatrix
-from sedac_hf.ops.triton_engine import TritonFFN
+from sedac_hf.ops.triton.engine import TritonFFN
 from tests.cut_cases import Recorder, TableCompensation, assert_as_good_as_plain, level_plan, random_weights
 from tests.kernel_cases import between, laid_out
-from tests.ops.triton_memory import skip_without_interpreter
+from tests.ops.triton.memory import skip_without_interpreter
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 

@@ -12,9 +12,10 @@ import torch
 
 from sedac_hf import _rust
 from sedac_hf.errors import ConfigError
-from sedac_hf.ops import cold_clock, costs, cut_ffn
-from sedac_hf.ops.costs import cost_table, forget_tables, known_tables
-from sedac_hf.ops.strip_plan import PythonStripPlanner, Strip
+from sedac_hf.ops import cut_ffn
+from sedac_hf.ops.strips import cold_clock, costs
+from sedac_hf.ops.strips.costs import cost_table, forget_tables, known_tables
+from sedac_hf.ops.strips.plan import PythonStripPlanner, Strip
 from tests.cut_cases import assert_as_good_as_plain, even_points, random_weights, site_cut
 
 
@@ -46,7 +47,7 @@ def test_measured_times_are_complete_and_monotone(gated, dtype):
 def test_a_kind_of_ffn_is_measured_once(monkeypatch, caplog):
     ones = np.ones((len(costs.TOKENS), len(costs.UNITS)))
     monkeypatch.setattr(costs, "_measure", lambda *_: costs.Times(ones, ones))
-    caplog.set_level(logging.INFO, logger="sedac_hf.ops.costs")
+    caplog.set_level(logging.INFO, logger="sedac_hf.ops.strips.costs")
     first = cost_table(random_weights(24, 80))
     assert "measured what FFNs of hidden size 24 (torch.float32, cpu" in caplog.text
     assert cost_table(random_weights(24, 96, seed=1)) is first  # another layer, another width
@@ -70,7 +71,7 @@ def test_a_kind_of_ffn_is_measured_once(monkeypatch, caplog):
 
 
 def test_measuring_can_be_switched_off(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, logger="sedac_hf.ops.costs")
+    caplog.set_level(logging.INFO, logger="sedac_hf.ops.strips.costs")
     monkeypatch.setenv("SEDAC_MEASURE_COSTS", "off")
     monkeypatch.setattr(costs, "_measure", None)  # would fail
     first = cost_table(random_weights(24, 80))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sedac_hf import _rust
 from sedac_hf.control import strip_planner
-from sedac_hf.ops.strip_plan import PythonStripPlanner, RowGroup, Strip
+from sedac_hf.ops.strips.plan import PythonStripPlanner, RowGroup, Strip
 
 TOKENS = np.array([1.0, 8.0, 64.0, 512.0])
 UNITS = np.array([16.0, 128.0, 1024.0])

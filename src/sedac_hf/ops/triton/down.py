@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sedac_hf.ops.triton_launch import Launch, options
-from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, plus_product, tile_widths
+from sedac_hf.ops.triton.launch import Launch, options
+from sedac_hf.ops.triton.tiles import NUMBER_OF_TOKENS, plus_product, tile_widths
 
 _ADDED_OUTPUTS = 512  # outputs that one program of the second kernel adds
 

@@ -1,11 +1,11 @@
 """In which order the products of an FFN run whose tokens are all as wide as the widest: one row per token as usual, or
-one column (`sedac_hf.ops.columns`).
+one column (`columns.py`).
 
 Which is quicker depends on the machine, the shape and the number of tokens. A whole FFN of 2048 x 8192 in bfloat16
-took by columns 0.83 of the usual time at 5 tokens with AMX, and 1.84 on a Zen 4; 0.68 and 0.96 at 64, 0.86 and 1.05 at
-256 (`benchmarks/layout.py`). So it is measured when so many tokens first meet such an FFN, on its own weights, in a
-tenth of a second or so, and kept for the life of the process; where nothing is measured (`sedac_hf.ops.costs` says
-when) it is columns from `STATED_LEAST` tokens on.
+took by columns 0.83 of the usual time at 5 tokens with AMX, and 1.84 on a Zen 4; 0.68 and 0.96 at 64, 0.86 and 1.05
+at 256 (`benchmarks/layout.py`). So it is measured when so many tokens first meet such an FFN, on its own weights, in
+a tenth of a second or so, and kept for the life of the process; where nothing is measured (`costs.py` says when) it
+is columns from `STATED_LEAST` tokens on.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sedac_hf.environment import environment_measure_costs
-from sedac_hf.ops.cold_clock import ColdClock
-from sedac_hf.ops.columns import MOST_TOKENS, down_by_columns, hidden_by_columns, may_pay
 from sedac_hf.ops.contract import FFNWeights
-from sedac_hf.ops.costs import CostKey, measuring, too_small
-from sedac_hf.ops.strip_plan import WORTH_A_CHANGE
+from sedac_hf.ops.strips.cold_clock import ColdClock
+from sedac_hf.ops.strips.columns import MOST_TOKENS, down_by_columns, hidden_by_columns, may_pay
+from sedac_hf.ops.strips.costs import CostKey, measuring, too_small
+from sedac_hf.ops.strips.plan import WORTH_A_CHANGE
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from sedac_hf.ops.contract import FFNWeights, ShadowTables, SiteCut
 from sedac_hf.ops.library import triton_is_installed
 from sedac_hf.ops.packing import GROUP
 from sedac_hf.ops.tokens import compensated, widest
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +74,7 @@ class TritonFFN:
 def triton_ffn(x: Tensor, weights: FFNWeights, cut: SiteCut) -> Tensor:
     """The cut FFN by ``cut.kernel``, which must accept x: [n, d] -> [n, d]."""
     # Not at the top: a machine without a GPU need not have Triton.
-    from sedac_hf.ops.triton_select import selected
+    from sedac_hf.ops.triton.select import selected
 
     kernel = cut.kernel
     assert isinstance(kernel, TritonFFN)

@@ -16,7 +16,7 @@ from sedac_hf.errors import ConfigError
 from sedac_hf.ops import library
 from sedac_hf.ops.contract import ShadowTables
 from sedac_hf.ops.low_bit import LowBitMatrix
-from tests.ops.triton_cases import (
+from tests.ops.triton.cases import (
     BASE,
     SELECT,
     SELECT_CASES,
@@ -29,8 +29,8 @@ from tests.ops.triton_cases import (
     check_neighbours,
     check_rounding,
 )
-from tests.ops.triton_memory import skip_without_interpreter
-from tests.ops.triton_mutants import SELECT_MUTANTS, TRUNCATE_MUTANTS, Mutant, engines_with
+from tests.ops.triton.memory import skip_without_interpreter
+from tests.ops.triton.mutants import SELECT_MUTANTS, TRUNCATE_MUTANTS, Mutant, engines_with
 
 skip_without_interpreter()
 ENGINES = Engines.load()
@@ -87,7 +87,7 @@ def test_what_is_registered_for_cuda_is_what_is_registered_for_the_cpu(case: Cas
 
 def test_a_shadow_of_other_bits_and_too_many_rows_are_refused() -> None:
     problem = Problem.of(SELECT)
-    select = ENGINES.modules["triton_select"]
+    select = ENGINES.modules["select"]
     other = LowBitMatrix.quantize(problem.weights.up, bits=8)
     shadow = ShadowTables(other.codes, other.scales, None, problem.shadow[3])
     with pytest.raises(ConfigError, match="4-bit shadow"):

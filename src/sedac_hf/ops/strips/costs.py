@@ -1,10 +1,10 @@
 """What an FFN's products cost on this machine: a table of seconds over tokens and units, measured at first use.
 
-The strip engine asks it where to cut (`sedac_hf.ops.strip_plan`), and whoever chooses between engines can ask what the
-whole FFN would cost at n tokens. One table serves a device, a dtype, a hidden size, a number of matrices and a number
-of threads; it is made when a batch of mixed widths first meets such an FFN, on the FFN's own weights (no copy), in
-about a second, and kept for the life of the process. ``SEDAC_MEASURE_COSTS=0`` leaves out the measuring, as
-does whatever goes wrong in it; stated rates then take its place, as they do in the products that would take too long.
+The strip engine asks it where to cut (`plan.py`), and whoever chooses between engines can ask what the whole FFN
+would cost at n tokens. One table serves a device, a dtype, a hidden size, a number of matrices and a number of
+threads; it is made when a batch of mixed widths first meets such an FFN, on the FFN's own weights (no copy), in about
+a second, and kept for the life of the process. ``SEDAC_MEASURE_COSTS=0`` leaves out the measuring, as does whatever
+goes wrong in it; stated rates then take its place, as they do in the products that would take too long.
 
 Only the speed depends on any of this: cuts differ in rounding alone. The rates give the cuts wherever the measured
 table does not say that others are clearly better, so two processes on one machine normally cut alike; without
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sedac_hf.environment import environment_measure_costs
-from sedac_hf.ops.cold_clock import ColdClock
-from sedac_hf.ops.columns import fill_outputs, fill_units
 from sedac_hf.ops.contract import FFNWeights
-from sedac_hf.ops.strip_plan import PlannerClass, StripPlanner
+from sedac_hf.ops.strips.cold_clock import ColdClock
+from sedac_hf.ops.strips.columns import fill_outputs, fill_units
+from sedac_hf.ops.strips.plan import PlannerClass, StripPlanner
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sedac_hf.ops import triton_down, triton_select, triton_truncate
+from sedac_hf.ops.triton import down, select, truncate
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = (
-    (triton_truncate, "truncated_hidden"),
-    (triton_select, "round_rows"),
-    (triton_select, "selected_hidden"),
-    (triton_down, "down_tiles"),
-    (triton_down, "add_splits"),
+    (truncate, "truncated_hidden"),
+    (select, "round_rows"),
+    (select, "selected_hidden"),
+    (down, "down_tiles"),
+    (down, "add_splits"),
 )
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int8: "i8",

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sedac_hf.ops.contract import FFNWeights
-from sedac_hf.ops.triton_down import covered_units, project_down
-from sedac_hf.ops.triton_launch import Launch, options, truncate_launch
-from sedac_hf.ops.triton_tiles import NUMBER_OF_TOKENS, hidden_tile, tile_widths
+from sedac_hf.ops.triton.down import covered_units, project_down
+from sedac_hf.ops.triton.launch import Launch, options, truncate_launch
+from sedac_hf.ops.triton.tiles import NUMBER_OF_TOKENS, hidden_tile, tile_widths
 
 
 @triton.jit(do_not_specialize=NUMBER_OF_TOKENS)

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import _rust
-from sedac_hf.ops import OperatingPoint, columns, cut_ffn
-from sedac_hf.ops import costs as cost_module
-from sedac_hf.ops.costs import CPU_COSTS, CostModel
-from sedac_hf.ops.strip_plan import PythonStripPlanner
-from sedac_hf.ops.strips import _pave
+from sedac_hf.ops import OperatingPoint, cut_ffn
+from sedac_hf.ops.strips import columns
+from sedac_hf.ops.strips import costs as cost_module
+from sedac_hf.ops.strips.costs import CPU_COSTS, CostModel
+from sedac_hf.ops.strips.engine import _pave
+from sedac_hf.ops.strips.plan import PythonStripPlanner
 from sedac_hf.runtime import SedacRuntime
 from tests.cut_cases import (
     N_LEVELS,
@@ -243,7 +244,9 @@ def test_the_runtime_hands_the_compiled_planner_on():
     runtime.install(random_policy(runtime, "truncate"))
     seen = set()
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedac_hf.ops.strips._pave", lambda *a, **k: seen.add(a[1].strip_planner) or _pave(*a, **k))
+        patch.setattr(
+            "sedac_hf.ops.strips.engine._pave", lambda *a, **k: seen.add(a[1].strip_planner) or _pave(*a, **k)
+        )
         runtime.model(token_ids(2, 40))
     assert seen == {_rust.StripPlanner}
     assert runtime.stats().engines["strips"] > 0

@@ -17,21 +17,21 @@ from torch import Tensor
 
 from sedac_hf.ops import FFNWeights
 from sedac_hf.ops.contract import ShadowTables
-from sedac_hf.ops.triton_launch import MOST_SELECTING_ROWS, select_launch, truncate_launch
+from sedac_hf.ops.triton.launch import MOST_SELECTING_ROWS, select_launch, truncate_launch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 if find_spec("triton") is None:
     pytest.skip("needs triton, which PyTorch brings along for Linux only", allow_module_level=True)
 
-from sedac_hf.ops.triton_select import selected  # noqa: E402
-from sedac_hf.ops.triton_truncate import truncated  # noqa: E402
-from tests.ops.sm90 import TOOLS, Call, Compiled, compiled, recorded  # noqa: E402
+from sedac_hf.ops.triton.select import selected  # noqa: E402
+from sedac_hf.ops.triton.truncate import truncated  # noqa: E402
+from tests.ops.triton.sm90 import TOOLS, Call, Compiled, compiled, recorded  # noqa: E402
 
 HIDDEN, UNITS = 4096, 14336  # an 8B decoder
 SHARED_MEMORY = 99 * 1024  # bytes that every GPU since 2020 gives to a program
 
 
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_engine_interpreted.py"])
+@pytest.mark.parametrize("file", ["interpreted.py", "engine_interpreted.py"])
 def test_in_the_interpreter(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [
@@ -42,7 +42,7 @@ def test_in_the_interpreter(file: str) -> None:
         "-rs",
         "-p",
         "no:cacheprovider",
-        f"tests/ops/{file}",
+        f"tests/ops/triton/{file}",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "does not run with" in done.stdout:

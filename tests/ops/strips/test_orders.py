@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sedac_hf.ops import cold_clock, columns, costs, cut_ffn, orders
-from sedac_hf.ops.orders import STATED_LEAST, by_columns, forget_orders
+from sedac_hf.ops import cut_ffn
+from sedac_hf.ops.strips import cold_clock, columns, costs, orders
+from sedac_hf.ops.strips.orders import STATED_LEAST, by_columns, forget_orders
 from tests.cut_cases import assert_as_good_as_plain, even_points, random_weights, site_cut
 
 
