@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sedac_hf.ops import cut_ffn
 from sedac_hf.ops.activations import KNOWN
-from sedac_hf.ops.strips import columns, engine
+from sedac_hf.ops.strips import columns
 from tests.cut_cases import N_LEVELS, Recorder, assert_as_good_as_plain, even_points, random_weights, site_cut
 from tests.kernel_cases import laid_out
 
