@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         SedacError,
         UnsupportedModelError,
     )
-    from sedac_hf.evaluation import perplexity
+    from sedac_hf.evaluation.perplexity import perplexity
     from sedac_hf.ffn.registry import register_ffn_site, unregister_ffn_site
     from sedac_hf.layer_config import LayerConfig
     from sedac_hf.modeling import SedacForCausalLM

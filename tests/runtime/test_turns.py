@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import SedacConfig, SedacForCausalLM
-from sedac_hf.ops import LevelPlan, SiteCut, cut_ffn
+from sedac_hf.ops import LevelPlan, SiteCut, cut_ffn, onednn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available, turns
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.strips import columns
@@ -134,6 +134,32 @@ def test_it_is_measured_three_times_for_all_lengths(kernels_win):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cut", ["select", "truncate"])
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_prompts_of_any_length_take_turns_where_torch_has_no_products(dtype, products, cut, kernels_win, monkeypatch):
+    """Without products of a low precision torch takes several times as long, however long the prompt is."""
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: products)
+    model = SedacForCausalLM.from_base(tiny_model("llama").to(getattr(torch, dtype)), SedacConfig(extra_memory=0.5))
+    model.install(random_policy(model.runtime, cut))
+    monkeypatch.setattr(model.runtime.planner, "_compare_widths", lambda rows: (True, "asked for"))
+    for length in (MOST_IN_TURNS + 1, 3 * MOST_IN_TURNS):
+        ids = token_ids(1, length)
+        with model.disable():
+            expected = model(ids).logits
+        options = {"output_logits": True, "return_dict_in_generate": True, **OPTIONS, "max_new_tokens": 1}
+        with model.full_width():
+            model.reset_stats()
+            got = model.generate(ids, **options)
+        by_kernels = dtype == "bfloat16" and not products
+        assert set(model.stats().engines) == {"rust, whole" if by_kernels else "whole"}
+        assert model.stats().needed_bytes_share == 1.0
+        torch.testing.assert_close(got.logits[0], expected[:, -1].float(), rtol=0.05, atol=0.05)
+        model.reset_stats()
+        model.generate(ids, **OPTIONS, prompt="cut")
+        assert ("strips" in model.stats().engines) == (cut == "truncate" and not by_kernels)
+
+
+@torch.no_grad()
 def test_modules_run_where_they_are_quicker(monkeypatch):
     monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 1.0][: len(calls)])
     model = wrapped()
@@ -191,7 +217,7 @@ def test_cut_prompts_take_turns_where_that_is_quicker(kernels_win):
 @pytest.mark.parametrize("cut", ["select", "truncate"])
 def test_columns_run_whole_ffns_where_they_are_quicker(family, cut, monkeypatch):
     """Prompts, and steps of some rows; what they give is what the modules give but for rounding."""
-    monkeypatch.setattr(columns, "_has_products", lambda *_: True)
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: True)
     # Where three ways are timed they are kernel, columns and module; where two are, ours and the module.
     monkeypatch.setattr(timed_calls, "interleaved", lambda calls, device: [2.0, 1.0, 3.0][-len(calls) :])
     model = SedacForCausalLM.from_base(tiny_model(family).bfloat16(), SedacConfig(extra_memory=0.5))
@@ -219,7 +245,7 @@ def test_columns_run_whole_ffns_where_they_are_quicker(family, cut, monkeypatch)
 @pytest.mark.parametrize("kernel_s", [1.0, 3.0])
 def test_cut_batches_run_by_what_is_quicker(kernel_s, monkeypatch):
     """Kernel or strips, from the number of rows on for which torch's products may read as little in less time."""
-    monkeypatch.setattr(columns, "_has_products", lambda *_: True)
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: True)
 
     def give(calls, device):  # cut or whole; kernel or strips; kernel, columns or module
         return {1: [0.0], 2: [kernel_s, 2.0], 3: [5.0, 5.0, 5.0]}[len(calls)]

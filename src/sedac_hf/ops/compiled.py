@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.ops import onednn
 from sedac_hf.ops.threads import kernel_threads, parallel_address
 
 try:
@@ -28,10 +29,18 @@ MAX_ROWS: int = 0 if module is None else module.MAX_ROWS
 MOST_IN_TURNS = 16 * MAX_ROWS
 """Most rows that kernels run `MAX_ROWS` at a time, where that is quicker than torch's products of matrices."""
 
+_ANY_NUMBER = 1 << 40
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if module is not None:
     module.set_openmp(parallel_address())
+
+
+def most_in_turns(dtype: torch.dtype) -> int:
+    """Most rows that kernels may run in turns: of a type that torch has no quick products of, any number."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    return _ANY_NUMBER if low and module is not None and not onednn.has_products(dtype) else MOST_IN_TURNS
 
 
 def available() -> bool:

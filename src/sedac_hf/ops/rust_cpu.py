@@ -17,10 +17,10 @@ from sedac_hf.ops import compiled
 from sedac_hf.ops.activations import name_of
 from sedac_hf.ops.compiled import (
     MAX_ROWS,
-    MOST_IN_TURNS,
     address,
     check_input,
     is_plain,
+    most_in_turns,
     placed,
     rows_are_runs,
     turns,
@@ -53,7 +53,7 @@ class CpuFFN:
         self.selects = shadow is not None
         self.whole_points = [OperatingPoint(self.intermediate_size)] * MAX_ROWS
         self._most = MAX_ROWS * self.hidden_size
-        self._most_in_turns = MOST_IN_TURNS * self.hidden_size
+        self._most_in_turns = most_in_turns(self.dtype) * self.hidden_size
         self.by_units = rows_are_runs(weights.down.T)
         self._kernel = compiled.module.FfnKernel(
             str(weights.up.dtype).removeprefix("torch."),
@@ -150,7 +150,7 @@ class CpuFFN:
     def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
         """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient.
 
-        in_turns: up to `MOST_IN_TURNS` rows.
+        in_turns: up to `most_in_turns` rows.
         """
         # A decode step asks this for each FFN: no device or shape objects are made.
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.ops import compiled
-from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, address, check_input, is_plain, placed, rows_are_runs, turns
+from sedac_hf.ops.compiled import MAX_ROWS, address, check_input, is_plain, most_in_turns, placed, rows_are_runs, turns
 from sedac_hf.ops.threads import kernel_threads
 
 
@@ -17,7 +17,7 @@ class CpuLinear:
         self._keep = (weight, bias)
         self.dtype = weight.dtype
         self.inputs, self.outputs = weight.shape[1], weight.shape[0]
-        self._most = MOST_IN_TURNS * self.inputs
+        self._most = most_in_turns(self.dtype) * self.inputs
         self._outputs_like: dict[tuple[int, int, int], Tensor] = {}
         self._kernel = compiled.module.LinearKernel(
             str(weight.dtype).removeprefix("torch."), placed(weight), address(bias), isa
@@ -44,7 +44,7 @@ class CpuLinear:
         return self.run_accepted(x, kernel_threads())
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether `run_accepted` may be called with this input: 1 to `MOST_IN_TURNS` rows of the weight's dtype."""
+        """Whether `run_accepted` may be called with this input: 1 to `most_in_turns` rows of the weight's dtype."""
         return x.dtype is self.dtype and x.size(-1) == self.inputs and 0 < x.numel() <= self._most and x.is_cpu
 
     def run_accepted(self, x: Tensor, threads: int) -> Tensor:

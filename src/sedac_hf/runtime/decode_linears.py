@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_hf.ffn.linears import is_plain, is_readable, original_forward, weight_of
-from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, wants_gradient
+from sedac_hf.ops.compiled import MAX_ROWS, most_in_turns, wants_gradient
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime.forward_pass import current_pass
@@ -42,7 +42,7 @@ class DecodeLinear:
         self.original = original_forward(module)
         weight = weight_of(module)
         self.shape: Shape = (weight.shape[0], weight.shape[1], weight.dtype)
-        self._most = self.shape[1] * MOST_IN_TURNS
+        self._most = self.shape[1] * most_in_turns(weight.dtype)
         self._kernel = _NO_KERNEL
 
     def forward(self, input: Tensor) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ops import cut_ffn
-from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, most_in_turns
 from sedac_hf.ops.contract import DecodeKernel, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LINEAR_MARGIN_S = 10e-6
 # Of a kernel's time over that of the module it stands in for, timed alone: in a step a small lead turns into a loss.
 LEAST_LEAD = 0.9
-MEASURED_WITH = (2 * MAX_ROWS, MOST_IN_TURNS // 2, MOST_IN_TURNS)  # rows, for all numbers up to that
+MEASURED_WITH = (2 * MAX_ROWS, MOST_IN_TURNS // 2, MOST_IN_TURNS)  # rows, for all up to that; the last for more, too
 
 
 Way = Literal["kernel", "columns", "module"]
@@ -82,14 +82,14 @@ class KernelChoice:
     def many_rows_pay(self, rows: int, threads: int) -> bool:
         """Whether anything at all with more rows than kernels take at once was measured to be quicker than its module:
         else a pass need not ask at every layer."""
-        return rows <= MOST_IN_TURNS and any(
+        return rows <= self._most_rows() and any(
             self._of(shape, rows, threads).fastest() != "module" for shape, n, on in self._times if on == threads
         )
 
     def _of(self, shape: tuple[object, ...], rows: int, threads: int) -> _Times:
         if rows <= MAX_ROWS:
             return self._times.get((shape, rows, threads), _KERNEL)
-        known = self._times.get((shape, _measured_with(rows), threads)) if rows <= MOST_IN_TURNS else None
+        known = self._times.get((shape, _measured_with(rows), threads)) if rows <= self._most_rows() else None
         if known is None:
             return _MODULE
         return known if _kernels_take(rows) else known._replace(kernel=math.inf)
@@ -125,11 +125,14 @@ class KernelChoice:
         better, with some of `MEASURED_WITH`. The fewer rows, the more of a product's time is reading weights, so that
         the kernels that win with more rows win with less."""
         runtime = self._runtime
-        if MAX_ROWS < tokens <= MOST_IN_TURNS and runtime.attached and not runtime.sharded:
+        if MAX_ROWS < tokens <= self._most_rows() and runtime.attached and not runtime.sharded:
             rows = _measured_with(tokens)
             self._compare_kernels(rows)
             if kernels_join_torch():
                 self._compare_cuts(rows)
+
+    def _most_rows(self) -> int:
+        return most_in_turns(self._runtime.sites[-1].weight.dtype)
 
     def _compare_cuts(self, rows: int) -> None:
         """FFNs that `truncate` cuts: kernels, or strips."""
@@ -222,7 +225,7 @@ class KernelChoice:
 
 def _measured_with(rows: int) -> int:
     """Rows of the calls that calls of so many are judged by."""
-    return next(some for some in MEASURED_WITH if rows <= some)
+    return next((some for some in MEASURED_WITH if rows <= some), MEASURED_WITH[-1])
 
 
 def _ffn_shape(kernel: CpuFFN) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedac_hf.ops import cut_ffn
+from sedac_hf.ops import cut_ffn, onednn
 from sedac_hf.ops.activations import KNOWN
 from sedac_hf.ops.strips import columns
 from tests.cut_cases import N_LEVELS, Recorder, assert_as_good_as_plain, even_points, random_weights, site_cut
@@ -21,7 +21,7 @@ LOW = [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def products_of_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch has them on every machine, if slow ones on some: results are the same in kind."""
-    monkeypatch.setattr(columns, "_has_products", lambda *_: True)
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: True)
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import _rust
-from sedac_hf.ops import OperatingPoint, cut_ffn
-from sedac_hf.ops.strips import columns
+from sedac_hf.ops import OperatingPoint, cut_ffn, onednn
 from sedac_hf.ops.strips import costs as cost_module
 from sedac_hf.ops.strips.costs import CPU_COSTS, CostModel
 from sedac_hf.ops.strips.engine import _pave
@@ -84,7 +83,7 @@ def test_any_mixture_equals_masking(levels, f, d, gated, bias, dtype, costs, pla
     cut = replace(site_cut(levels, points), strip_planner=planner)
     with rates(costs), pytest.MonkeyPatch.context() as patch:
         # Machines with and without products of a low precision take another order.
-        patch.setattr(columns, "_has_products", lambda device_type, dtype: has_products)
+        patch.setattr(onednn, "has_products", lambda dtype: has_products)
         y = cut_ffn(x, weights, cut)
     assert_as_good_as_plain(y, x, weights, cut)
 

@@ -9,20 +9,19 @@ choose measures. float32 gains nothing. On a GPU the two orders are alike by con
 Down's product of more than some 300 tokens takes oneDNN twice the usual time in this order (with AMX; 512 tokens,
 4864 units, timed by hand), and in pieces of 256 tokens less than the usual time: so pieces it is.
 
-Where oneDNN has no products of the type (bfloat16 on an AVX2 machine), torch's own come in, and are slow: 0.22 s for
-down of that FFN at 512 tokens (float32: 0.03 s), and 6 s in this order (timed by hand). There the usual one is kept.
+Where oneDNN has no products of the type (`sedac_hf.ops.onednn`) torch's own are slow, and slower still in this order:
+6 s for down of that FFN at 512 tokens, 0.22 s in the usual one, which is kept there (AVX2, bfloat16, timed by hand).
 
 Shapes: units [k, n], one row per hidden unit; everything of one dtype, each product rounded once.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sedac_hf.ops import onednn
 from sedac_hf.ops.contract import FFNWeights
 
 TILE = 16
@@ -40,7 +39,7 @@ def may_pay(tokens: int, weight: Tensor) -> bool:
     """Whether this order may be the quicker one for an FFN with such weights, of one width for so many tokens."""
     low = weight.dtype in (torch.bfloat16, torch.float16)
     in_range = LEAST_TOKENS <= tokens <= MOST_TOKENS
-    return in_range and low and weight.device.type == "cpu" and _has_products("cpu", weight.dtype)
+    return in_range and low and weight.device.type == "cpu" and onednn.has_products(weight.dtype)
 
 
 def hidden_by_columns(x: Tensor, weights: FFNWeights, width: int) -> Tensor:
@@ -59,7 +58,7 @@ def down_by_columns(h: Tensor, weights: FFNWeights) -> Tensor:
 
 def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) -> None:
     """Write hidden units lo..hi for x [n, d] to ``units`` [hi - lo, n], of any strides. Not under autograd."""
-    if x.shape[0] < TILE or not _has_products(x.device.type, x.dtype):
+    if x.shape[0] < TILE or not _has_products(x):
         units.copy_(weights.hidden(x, lo, hi).T)
         return
     _units(x.T, weights, lo, hi, out=units)
@@ -67,7 +66,7 @@ def fill_units(units: Tensor, x: Tensor, weights: FFNWeights, lo: int, hi: int) 
 
 def fill_outputs(outputs: Tensor, units: Tensor, weights: FFNWeights) -> None:
     """Write down's output for the first k ``units`` [k, n] to ``outputs`` [d, n]; as `fill_units`."""
-    if units.shape[1] < TILE or not _has_products(units.device.type, units.dtype):
+    if units.shape[1] < TILE or not _has_products(units):
         columns = weights.down[:, : units.shape[0]]
         outputs.copy_(functional.linear(units.T.contiguous(), columns, weights.down_bias).T)
         return
@@ -94,13 +93,8 @@ def _outputs(units: Tensor, weights: FFNWeights, *, out: Tensor) -> None:
             torch.addmm(bias[:, None], columns, given, out=some)
 
 
-@cache
-def _has_products(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of a low precision here."""
-    if device_type != "cpu":
-        return True
-    mkldnn = torch.ops.mkldnn
-    return bool(mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported())
+def _has_products(x: Tensor) -> bool:
+    return x.device.type != "cpu" or onednn.has_products(x.dtype)
 
 
 def _product(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
