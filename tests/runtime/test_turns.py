@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedac_hf import SedacConfig, SedacForCausalLM
-from sedac_hf.ops import LevelPlan, SiteCut, cut_ffn, onednn
+from sedac_hf.ops import LevelPlan, SiteCut, compiled, cut_ffn, onednn
 from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, available, turns
 from sedac_hf.ops.rust_linear import CpuLinear
 from sedac_hf.ops.strips import columns
 from sedac_hf.ops.threads import parallel_address
 from sedac_hf.runtime import decode_linears, timed_calls
+from tests.cut_cases import assert_as_good_as_plain
 from tests.kernel_cases import own_threads
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
@@ -135,10 +136,15 @@ def test_it_is_measured_three_times_for_all_lengths(kernels_win):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", ["select", "truncate"])
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
 @pytest.mark.parametrize(("dtype", "products"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_prompts_of_any_length_take_turns_where_torch_has_no_products(dtype, products, cut, kernels_win, monkeypatch):
-    """Without products of a low precision torch takes several times as long, however long the prompt is."""
+def test_prompts_of_any_length_take_turns_where_torch_has_no_products(
+    dtype, products, isa, cut, kernels_win, monkeypatch
+):
+    """Without products of a low precision torch takes several times as long, however long the prompt is: nothing is
+    measured where the kernels have vector instructions."""
     monkeypatch.setattr(onednn, "has_products", lambda dtype: products)
+    monkeypatch.setattr(compiled, "_isa", lambda: isa)
     model = SedacForCausalLM.from_base(tiny_model("llama").to(getattr(torch, dtype)), SedacConfig(extra_memory=0.5))
     model.install(random_policy(model.runtime, cut))
     monkeypatch.setattr(model.runtime.planner, "_compare_widths", lambda rows: (True, "asked for"))
@@ -149,14 +155,68 @@ def test_prompts_of_any_length_take_turns_where_torch_has_no_products(dtype, pro
         options = {"output_logits": True, "return_dict_in_generate": True, **OPTIONS, "max_new_tokens": 1}
         with model.full_width():
             model.reset_stats()
+            kernels_win.clear()
             got = model.generate(ids, **options)
         by_kernels = dtype == "bfloat16" and not products
+        assert not (by_kernels and isa == "avx2" and length > MOST_IN_TURNS + 1 and kernels_win)
         assert set(model.stats().engines) == {"rust, whole" if by_kernels else "whole"}
         assert model.stats().needed_bytes_share == 1.0
         torch.testing.assert_close(got.logits[0], expected[:, -1].float(), rtol=0.05, atol=0.05)
         model.reset_stats()
         model.generate(ids, **OPTIONS, prompt="cut")
         assert ("strips" in model.stats().engines) == (cut == "truncate" and not by_kernels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", ["select", "truncate"])
+@pytest.mark.parametrize("products", [True, False])
+def test_calls_that_do_not_go_by_time_take_turns_where_torch_has_no_products(cut, products, monkeypatch):
+    """Plain calls, and `consistent` ones."""
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: products)
+    monkeypatch.setattr(compiled, "_isa", lambda: "avx2")
+    monkeypatch.setattr(decode_linears, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(timed_calls, "interleaved", None)  # nothing may be measured
+    model = SedacForCausalLM.from_base(tiny_model("llama").bfloat16(), SedacConfig(extra_memory=0.5))
+    model.install(random_policy(model.runtime, cut))
+    ids = token_ids(3, 2 * MAX_ROWS)
+    with model.disable():
+        expected = model(ids).logits
+    with model.full_width():
+        model.reset_stats()
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.05)
+        assert set(model.stats().engines) == {"whole" if products else "rust, whole"}
+    model.reset_stats()
+    model.generate(ids, consistent=True, **OPTIONS, prompt="cut")
+    assert (set(model.stats().engines) <= {"rust, whole", "rust"}) != products
+
+
+@torch.no_grad()
+def test_many_rows_that_choose_by_turns_are_what_masking_gives(monkeypatch):
+    monkeypatch.setattr(onednn, "has_products", lambda dtype: False)
+    monkeypatch.setattr(compiled, "_isa", lambda: "avx2")
+    model = SedacForCausalLM.from_base(tiny_model("llama").bfloat16(), SedacConfig(extra_memory=0.5))
+    model.install(random_policy(model.runtime, "select"))
+    weights, policy, rows = model.runtime.weights, model.runtime.policy, 2 * MAX_ROWS + 3
+    levels = np.random.default_rng(0).integers(0, 9, rows).astype(np.uint8)
+    for i, site in enumerate(model.runtime.sites):
+        x = torch.randn(rows, site.hidden_size, generator=torch.Generator().manual_seed(i)).bfloat16()
+        counted: list[dict] = []
+        cut = SiteCut(
+            points=policy.schedule.points[i],
+            plan=LevelPlan.of(levels, policy.n_levels),
+            importance=weights.importance(i),
+            compensation=None,
+            engine="auto",
+            record=lambda counted=counted, **what: counted.append(what),
+            kernel=weights.kernel(i),
+        )
+        assert_as_good_as_plain(cut_ffn(x, site.weights(), cut), x, site.weights(), cut)
+        cut_ffn(x, site.weights(), replace(cut, kernel=None))
+        kernels, torchs = counted
+        assert (kernels["engine"], torchs["engine"]) == ("rust", "masked")
+        assert kernels["needed"] == int(torchs["needed"])
+        # What turns have in common is read in each of them.
+        assert kernels["needed"] / rows <= kernels["read"] <= site.intermediate_size
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.ops.compiled import stand_in
 from sedac_hf.ops.contract import FFNWeights, SiteCut
 from sedac_hf.ops.gather import gather_ffn
 from sedac_hf.ops.reference import bounded_reference_ffn, reference_ffn
@@ -70,8 +71,8 @@ def choose(x: Tensor, cut: SiteCut) -> str:
     kernel = cut.kernel
     if kernel is not None and cut.engine in ("auto", kernel.engine):
         can = kernel.selects if cut.chooses else kernel.truncates
-        # Many rows that choose would use nearly all units together.
-        if can and kernel.accepts(x, in_turns=not cut.chooses):
+        # Many rows that choose use nearly all units together: torch's products do that well, where it has them.
+        if can and kernel.accepts(x, in_turns=not cut.chooses or stand_in(x.dtype)):
             return kernel.engine
     if not cut.chooses:
         return "strips"

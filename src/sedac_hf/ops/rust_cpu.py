@@ -135,17 +135,19 @@ class CpuFFN:
         self, x: Tensor, points: Sequence[OperatingPoint], threads: int, hidden: Tensor | None = None
     ) -> tuple[Tensor, int, int]:
         """`run_accepted` for more rows than a kernel takes at once. Each turn reads what its rows use: rows of like
-        points should lie together."""
+        points should lie together. Units read: those of the widest turn, as prefixes are; of units that were chosen
+        it is not known how many came again, so all count, up to the FFN's."""
         x = x.contiguous()
         y = torch.empty_like(x)
         row, hidden_row = self.hidden_size * x.element_size(), 4 * self.intermediate_size
-        needed = read = 0
+        needed = most = total = 0
         for lo, hi in turns(len(points)):
             given, taken = x.data_ptr() + lo * row, y.data_ptr() + lo * row
             kept = 0 if hidden is None else hidden.data_ptr() + lo * hidden_row
             of_turn = self._kernel.run(given, taken, points[lo:hi], threads, kept)
-            needed, read = needed + of_turn[0], max(read, of_turn[1])
-        return y, needed, read
+            needed, most, total = needed + of_turn[0], max(most, of_turn[1]), total + of_turn[1]
+        choose = any(point.importance_min > 0 for point in points)
+        return y, needed, min(total, self.intermediate_size) if choose else most
 
     def accepts(self, x: Tensor, *, in_turns: bool = False) -> bool:
         """Whether a call with x [..., d] can be run: 1 to `MAX_ROWS` rows, the weights' dtype, no gradient.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ops.compiled import MAX_ROWS
+from sedac_hf.ops.compiled import MAX_ROWS, stand_in
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import (
@@ -72,9 +72,13 @@ class Execution:
                 if runtime.decode_linears:
                     state.torch_alone = begin_step()
                 state.threads = kernel_threads()
-            elif state.by_time:
+            else:
                 threads = kernel_threads()  # of torch's own, for much of such a pass is torch's
-                state.many_threads = threads if runtime.kernel_choice.many_rows_pay(state.n_tokens, threads) else 0
+                if state.by_time:
+                    pays = runtime.kernel_choice.many_rows_pay(state.n_tokens, threads)
+                else:
+                    pays = stand_in(runtime.sites[-1].weight.dtype)
+                state.many_threads = threads if pays else 0
         if runtime.forcing is not None:
             return
         if generation is not None:

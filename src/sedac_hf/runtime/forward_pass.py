@@ -74,7 +74,7 @@ class ForwardPass:
     irregular: why a captured graph could not run such a pass; None: it could.
     torch_alone: torch is kept to one thread during this pass.
     threads: of the compiled kernels, in a decode step that may use them; 0: no kernel runs.
-    many_threads: the same in a pass of more tokens than kernels take at once; it goes by time.
+    many_threads: the same in a pass of more tokens than kernels take at once.
     by_time: what was measured to be quickest runs, the kernel or the module or another order of its products.
     uneven: for FFN calls of other numbers of rows: this pass as if it had so many tokens.
     came: the checkpoints in the order in which they came.

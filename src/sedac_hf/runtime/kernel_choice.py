@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sedac_hf.ffn.experts import Experts
 from sedac_hf.ops import cut_ffn
-from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, most_in_turns
+from sedac_hf.ops.compiled import MAX_ROWS, MOST_IN_TURNS, most_in_turns, stand_in
 from sedac_hf.ops.contract import DecodeKernel, SiteCut
 from sedac_hf.ops.level_plan import LevelPlan
 from sedac_hf.ops.rust_cpu import CpuFFN
@@ -82,13 +82,18 @@ class KernelChoice:
     def many_rows_pay(self, rows: int, threads: int) -> bool:
         """Whether anything at all with more rows than kernels take at once was measured to be quicker than its module:
         else a pass need not ask at every layer."""
-        return rows <= self._most_rows() and any(
-            self._of(shape, rows, threads).fastest() != "module" for shape, n, on in self._times if on == threads
+        return self._stand_in() or (
+            rows <= self._most_rows()
+            and any(
+                self._of(shape, rows, threads).fastest() != "module" for shape, n, on in self._times if on == threads
+            )
         )
 
     def _of(self, shape: tuple[object, ...], rows: int, threads: int) -> _Times:
         if rows <= MAX_ROWS:
             return self._times.get((shape, rows, threads), _KERNEL)
+        if self._stand_in():
+            return _KERNEL
         known = self._times.get((shape, _measured_with(rows), threads)) if rows <= self._most_rows() else None
         if known is None:
             return _MODULE
@@ -125,11 +130,16 @@ class KernelChoice:
         better, with some of `MEASURED_WITH`. The fewer rows, the more of a product's time is reading weights, so that
         the kernels that win with more rows win with less."""
         runtime = self._runtime
+        if self._stand_in():
+            return
         if MAX_ROWS < tokens <= self._most_rows() and runtime.attached and not runtime.sharded:
             rows = _measured_with(tokens)
             self._compare_kernels(rows)
             if kernels_join_torch():
                 self._compare_cuts(rows)
+
+    def _stand_in(self) -> bool:
+        return stand_in(self._runtime.sites[-1].weight.dtype)
 
     def _most_rows(self) -> int:
         return most_in_turns(self._runtime.sites[-1].weight.dtype)

@@ -187,7 +187,7 @@ class SiteCuts:
         kernel = runtime.weights.kernel(i)
         if not isinstance(kernel, CpuFFN):
             return None
-        way = runtime.kernel_choice.whole_way(kernel, state.n_tokens, threads)
+        way = runtime.kernel_choice.whole_way(kernel, state.n_tokens, threads) if state.by_time else "kernel"
         if (
             way == "module"
             or not kernel.accepts(x, in_turns=True)
