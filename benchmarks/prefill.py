@@ -35,6 +35,8 @@ from sedac_hf.ffn.policy import Policy
 from sedac_hf.ffn.schedule import WidthSchedule, align_width
 from sedac_hf.layer_config import LayerConfig
 from sedac_hf.ops import LevelPlan, OperatingPoint, SiteCut, cut_ffn
+from sedac_hf.ops.compiled import stand_in
+from sedac_hf.ops.rust_cpu import CpuFFN
 from sedac_hf.ops.strips.costs import known_tables
 from sedac_hf.probes import ProbeBank
 from sedac_hf.runtime import SedacRuntime
@@ -100,6 +102,8 @@ class FFNsAlone:
         site = runtime.sites[0]
         self.x = torch.randn(tokens, site.hidden_size, generator=generator).to(site.down.weight.dtype)
         self.controller = make_controller([LayerConfig(0, 0.0, 1.0, 1.0)])
+        kernels = stand_in(self.x.dtype)  # then they take the place of strips
+        self.kernels = {i: CpuFFN(runtime.sites[i].weights()) if kernels else None for i in self.cut_sites}
 
     def dense(self) -> None:
         for i in self.cut_sites:
@@ -109,7 +113,9 @@ class FFNsAlone:
         plan = LevelPlan(levels, *self.controller.plan(levels))
         for i in self.cut_sites:
             points = self.runtime.policy.schedule.points[i]
-            cut = SiteCut(points, plan, None, None, "strips", lambda **_: None, strip_planner=strip_planner())
+            cut = SiteCut(
+                points, plan, None, None, "auto", lambda **_: None, self.kernels[i], strip_planner=strip_planner()
+            )
             cut_ffn(self.x, self.runtime.sites[i].weights(), cut)
 
 
