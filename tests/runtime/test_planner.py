@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sedac_hf.ops import compiled
 from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import kernel_threads
 from sedac_hf.runtime import SedacRuntime, decode_linears, timed_calls
+from tests.ffn.test_shadow import Opaque
 from tests.policies import random_policy
 from tests.tiny_models import tiny_model, token_ids
 
@@ -204,3 +206,31 @@ def test_a_prompt_is_cut_where_that_pays(monkeypatch, cutting_wins):
     assert asked == [2, 1], "64 tokens as 33 of them"
     cuts(4 * MAX_ROWS + 1)
     assert asked == [2, 1] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, MAX_ROWS + 3])
+def test_weights_that_cannot_be_seen_run_at_full_width_unless_asked(length):
+    """As linears of some quantised bases, which keep their numbers under other names."""
+    base, ids = tiny_model("llama"), token_ids(2, length)
+    expected = base.generate(ids, max_new_tokens=3, do_sample=False)
+    for module in list(base.modules()):
+        for name, child in list(module.named_children()):
+            if name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(module, name, Opaque(child))
+    model = SedacForCausalLM.from_base(base)
+    model.install(random_policy(model.runtime, "select"))
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
+    (choice,) = model.stats().choices
+    assert "masking, which saves nothing" in choice
+    model.reset_stats()
+    model.generate(ids, max_new_tokens=3, do_sample=False, consistent=True)
+    assert "mask" in model.stats().engines
+
+
+def test_a_site_tells_device_and_dtype_also_where_its_weight_cannot_be_seen():
+    site = SedacRuntime(tiny_model("llama")).sites[0]
+    assert site.like is site.weight
+    opaque = replace(site, down=Opaque(site.down.to(torch.float16)))
+    assert opaque.like.dtype == torch.float16
+    assert replace(site, down=torch.nn.Identity()).like.numel() == 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from sedac_hf.errors import UnsupportedModelError
@@ -83,6 +84,16 @@ class FFNSite:
     def weight(self) -> Tensor:
         """The live weight of down (of all experts' downs), or as much of it as this process holds."""
         return weight_of(self.down) if self.experts is None else self.experts.down
+
+    @property
+    def like(self) -> Tensor:
+        """A live tensor of the device and the dtype that this FFN computes in: the weight, or where down has none that
+        can be seen the first floating tensor that it holds (an empty one, if it holds no such)."""
+        if self.experts is not None or isinstance(getattr(self.down, "weight", None), Tensor):
+            return self.weight
+        held = [*self.down.parameters(), *self.down.buffers()]
+        floating = next((tensor for tensor in held if tensor.is_floating_point()), None)
+        return torch.empty(0, device=held[0].device if held else None) if floating is None else floating
 
     def weights(self) -> FFNWeights:
         """Views of the live weights, as they are now.

@@ -124,4 +124,4 @@ class Arrangement:
 
     def _elsewhere(self, sites: Sequence[int]) -> tuple[int, ...]:
         """Those whose weights are not on a CPU: their kernels' layout is kept."""
-        return tuple(i for i in sites if self._runtime.sites[i].weight.device.type != "cpu")
+        return tuple(i for i in sites if self._runtime.sites[i].like.device.type != "cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.ops.compiled import MAX_ROWS, stand_in
+from sedac_hf.ops.compiled import MAX_ROWS
 from sedac_hf.ops.threads import begin_step, end_step, kernel_threads
 from sedac_hf.runtime.decode_probes import DecodeProbes
 from sedac_hf.runtime.forward_pass import (
@@ -77,7 +77,7 @@ class Execution:
                 if state.by_time:
                     pays = runtime.kernel_choice.many_rows_pay(state.n_tokens, threads)
                 else:
-                    pays = stand_in(runtime.sites[-1].weight.dtype)
+                    pays = runtime.kernel_choice.stands_in()
                 state.many_threads = threads if pays else 0
         if runtime.forcing is not None:
             return

@@ -79,10 +79,15 @@ class KernelChoice:
         """Whether whole FFNs do better by the kernel than by the module, where no other way can be had."""
         return self._of(_ffn_shape(kernel), rows, threads)._replace(columns=math.inf).fastest() == "kernel"
 
+    def stands_in(self) -> bool:
+        """Whether more rows than kernels take at once run by them without being timed."""
+        kernel = self._runtime.weights.kernel(len(self._runtime.sites) - 1)
+        return isinstance(kernel, CpuFFN) and stand_in(kernel.dtype)
+
     def many_rows_pay(self, rows: int, threads: int) -> bool:
         """Whether anything at all with more rows than kernels take at once was measured to be quicker than its module:
         else a pass need not ask at every layer."""
-        return self._stand_in() or (
+        return self.stands_in() or (
             rows <= self._most_rows()
             and any(
                 self._of(shape, rows, threads).fastest() != "module" for shape, n, on in self._times if on == threads
@@ -92,7 +97,7 @@ class KernelChoice:
     def _of(self, shape: tuple[object, ...], rows: int, threads: int) -> _Times:
         if rows <= MAX_ROWS:
             return self._times.get((shape, rows, threads), _KERNEL)
-        if self._stand_in():
+        if self.stands_in():
             return _KERNEL
         known = self._times.get((shape, _measured_with(rows), threads)) if rows <= self._most_rows() else None
         if known is None:
@@ -120,7 +125,7 @@ class KernelChoice:
         """Before passes of so many rows: measure what is not known yet."""
         if rows <= MAX_ROWS:
             self._compare_kernels(rows)
-            if columns.may_pay(rows, self._runtime.sites[-1].weight):
+            if columns.may_pay(rows, self._runtime.sites[-1].like):
                 self._compare_cuts(rows)
         else:
             self.compare_many(rows)
@@ -130,7 +135,7 @@ class KernelChoice:
         better, with some of `MEASURED_WITH`. The fewer rows, the more of a product's time is reading weights, so that
         the kernels that win with more rows win with less."""
         runtime = self._runtime
-        if self._stand_in():
+        if self.stands_in():
             return
         if MAX_ROWS < tokens <= self._most_rows() and runtime.attached and not runtime.sharded:
             rows = _measured_with(tokens)
@@ -138,11 +143,8 @@ class KernelChoice:
             if kernels_join_torch():
                 self._compare_cuts(rows)
 
-    def _stand_in(self) -> bool:
-        return stand_in(self._runtime.sites[-1].weight.dtype)
-
     def _most_rows(self) -> int:
-        return most_in_turns(self._runtime.sites[-1].weight.dtype)
+        return most_in_turns(self._runtime.sites[-1].like.dtype)
 
     def _compare_cuts(self, rows: int) -> None:
         """FFNs that `truncate` cuts: kernels, or strips."""
@@ -157,7 +159,7 @@ class KernelChoice:
         for key, sites in alike.items():
             if key not in self._times:
                 site = runtime.sites[sites[0]]
-                x = noise(rows, site.hidden_size).to(site.weight)
+                x = noise(rows, site.hidden_size).to(site.like)
                 by_kernel = [self.cut(i, x, runtime.weights.kernel(i)) for i in sites]
                 ours, theirs = timed_calls.interleaved(
                     in_turns(by_kernel, [self.cut(i, x, None) for i in sites]), x.device
@@ -170,7 +172,7 @@ class KernelChoice:
         if not runtime.weights.uses_kernels:
             return
         threads = kernel_threads()
-        weights = runtime.decode_linears, runtime.weights.moves, runtime.sites[-1].weight.dtype
+        weights = runtime.decode_linears, runtime.weights.moves, runtime.sites[-1].like.dtype
         if weights != self._weights:
             self._weights, self._seen = weights, set()
         if (rows, threads) in self._seen:

@@ -65,7 +65,7 @@ class GenerationPlanner:
         runtime = self._runtime
         if tokens <= MAX_ROWS or runtime.policy is None or runtime.policy.cut != "truncate" or runtime.sharded:
             return True, ""
-        weight, size = runtime.sites[-1].weight, next((n for n in PROMPTS if tokens <= n), PROMPTS[-1])
+        weight, size = runtime.sites[-1].like, next((n for n in PROMPTS if tokens <= n), PROMPTS[-1])
         key = ("prompt", runtime.policy.schedule, size, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
             self._known[key] = self._compare_prompts(size)
@@ -78,7 +78,7 @@ class GenerationPlanner:
             return False, "asked for"
         if consistent:
             return True, "asked for"
-        weight = runtime.sites[-1].weight
+        weight = runtime.sites[-1].like
         key = (runtime.policy.cut, runtime.policy.schedule, rows, weight.device, weight.dtype, kernel_threads())
         if key not in self._known:
             self._known[key] = self._compare_widths(rows)
@@ -99,7 +99,7 @@ class GenerationPlanner:
             return None
         if consistent:
             return True, "asked for"
-        device_type = device_type or runtime.sites[-1].weight.device.type
+        device_type = device_type or runtime.sites[-1].like.device.type
         governed = [site for site, segment in zip(captured.sites, runtime.segments, strict=True) if segment >= 0]
         if not any(site.skips(rows, device_type) for site in governed):
             return False, "captured graph: its FFNs run by masking, which saves nothing"
@@ -157,7 +157,7 @@ class GenerationPlanner:
 
     def _input(self, rows: int) -> Tensor:
         site = self._runtime.sites[self._sites()[1][0]]
-        return noise(rows, site.hidden_size).to(site.weight)
+        return noise(rows, site.hidden_size).to(site.like)
 
     def _gain(self, x: Tensor, governed: int, whole: float, cut: float) -> tuple[float, float]:
         """Seconds that cutting saves in a pass, deciding counted against it, and those of its FFNs at full width."""

@@ -93,7 +93,7 @@ class CapturedExecution(Execution):
     def prepare(self) -> str | None:
         """Make sure that the law and the tables are on the device; None, or why this runtime cannot be captured."""
         runtime = self._runtime
-        weight = runtime.sites[0].weight
+        weight = runtime.sites[0].like
         made_for = (runtime.adaptive_thresholds, weight.device, weight.dtype)
         if self._policy is not runtime.policy or made_for != self._made_for:
             why = self._obstacle()
