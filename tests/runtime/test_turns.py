@@ -185,6 +185,15 @@ def test_calls_that_do_not_go_by_time_take_turns_where_torch_has_no_products(cut
         model.reset_stats()
         torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.05)
         assert set(model.stats().engines) == {"whole" if products else "rust, whole"}
+    with model.runtime.forced_levels(model.runtime.policy.n_levels):  # before the first checkpoint FFNs are cut
+        model.reset_stats()
+        got = model(ids).logits
+        assert ("rust, whole" in model.stats().engines) != products
+        assert ("whole" in model.stats().engines) == products
+        model.runtime.engine = "reference"
+        masked = model(ids).logits
+        model.runtime.engine = "auto"
+        assert (got - masked).abs().mean() < 0.05 * masked.std()
     model.reset_stats()
     model.generate(ids, consistent=True, **OPTIONS, prompt="cut")
     assert (set(model.stats().engines) <= {"rust, whole", "rust"}) != products

@@ -145,7 +145,7 @@ class SiteCuts:
 
     def decoded(self, i: int, x: Tensor) -> Tensor | None:
         """The FFN of site i for x [..., d] of a decode step by its compiled kernel, cut or whole; None: the usual way.
-        Of a short prompt the whole FFN, where that is quicker.
+        Of many rows the whole FFN, where that is quicker.
 
         A step comes here for each of its FFNs, each time with caches that the weights have swept, so that the same
         lines of Python take several times as long as alone: nothing is worked out that an earlier step has.
@@ -155,7 +155,11 @@ class SiteCuts:
         if state is None or state.runtime is not runtime or not state.n_tokens:
             return None
         if not state.threads:
-            return self._many(i, x, state) if state.many_threads and state.whole else None
+            if not state.many_threads:
+                return None
+            # Within a pass that cuts some FFNs stay whole: those before the first checkpoint, say.
+            whole = state.whole or self._cut(i, state, self._kernel(i, state)) is None
+            return self._many(i, x, state) if whole else None
         kernel = runtime.weights.kernel(i)
         if not isinstance(kernel, CpuFFN):  # the others do not run alone
             return None
