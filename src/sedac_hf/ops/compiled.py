@@ -40,18 +40,18 @@ if module is not None:
 
 def most_in_turns(dtype: torch.dtype) -> int:
     """Most rows that kernels may run in turns: of a type that torch has no quick products of, any number."""
-    return _ANY_NUMBER if module is not None and _alone(dtype) else MOST_IN_TURNS
+    return _ANY_NUMBER if module is not None and _lacks_products(dtype) else MOST_IN_TURNS
 
 
 def stand_in(dtype: torch.dtype) -> bool:
     """Whether more rows than `MAX_ROWS` run by the kernels without any measuring: on torch's threads, with vector
     instructions, of a type that torch has no quick products of. A whole FFN of 896 x 4864 in bfloat16 took 0.2 of
     torch's time at 32 to 2,048 rows (AVX2, timed by hand)."""
-    return _alone(dtype) and kernels_join_torch() and _isa() not in ("", "portable")
+    return _lacks_products(dtype) and kernels_join_torch() and _isa() not in ("", "portable")
 
 
-def _alone(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) and not onednn.has_products(dtype)
+def _lacks_products(dtype: torch.dtype) -> bool:
+    return dtype in onednn.LOW_PRECISION and not onednn.has_products(dtype)
 
 
 @cache

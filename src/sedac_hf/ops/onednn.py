@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
 
 @cache
 def has_products(dtype: torch.dtype) -> bool:

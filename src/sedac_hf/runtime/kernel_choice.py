@@ -85,7 +85,7 @@ class KernelChoice:
         return isinstance(kernel, CpuFFN) and stand_in(kernel.dtype)
 
     def many_rows_pay(self, rows: int, threads: int) -> bool:
-        """Whether anything at all with more rows than kernels take at once was measured to be quicker than its module:
+        """Whether anything at all with more rows than kernels take at once is known to be quicker than its module:
         else a pass need not ask at every layer."""
         return self.stands_in() or (
             rows <= self._most_rows()

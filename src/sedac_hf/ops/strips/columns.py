@@ -37,7 +37,7 @@ compiled kernels are."""
 
 def may_pay(tokens: int, weight: Tensor) -> bool:
     """Whether this order may be the quicker one for an FFN with such weights, of one width for so many tokens."""
-    low = weight.dtype in (torch.bfloat16, torch.float16)
+    low = weight.dtype in onednn.LOW_PRECISION
     in_range = LEAST_TOKENS <= tokens <= MOST_TOKENS
     return in_range and low and weight.device.type == "cpu" and onednn.has_products(weight.dtype)
 
